@@ -1,0 +1,162 @@
+"""How a method describes itself: its parameters with ranges, its reach, the spaces it takes and gives. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["number", "integer", "flag", "choice", "reference", "layers"]
+Space = Literal["weight", "delta", "same"]
+Reach = Literal["element", "row", "measured", "matrix", "structure"]
+
+
+class _Required:
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED: Any = _Required()
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """One setting of a method.
+
+    `per_input` settings stand beside an input in `of`, or under `with` for all inputs at once. `low` and `high` bound
+    numbers; an `open_` bound itself is not allowed. A `reference` names a model or step that is read as a further input.
+    """
+
+    name: str
+    kind: Kind
+    default: Any
+    help: str
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    open_high: bool = False
+    choices: tuple[str, ...] = ()
+    per_input: bool = False
+
+    @property
+    def required(self) -> bool:
+        return self.default is REQUIRED
+
+    def range_text(self) -> str:
+        """The allowed values in words: `(0, 1]`, `tensor | row | global`, `true | false`."""
+        if self.kind == "choice":
+            return " | ".join(self.choices)
+        if self.kind == "flag":
+            return "true | false"
+        if self.kind == "layers":
+            return "[start, stop)"
+        if self.kind == "reference":
+            return "model or step"
+        if self.low is None and self.high is None:
+            return "any integer" if self.kind == "integer" else "any number"
+        left = "(-inf" if self.low is None else f"{'(' if self.open_low else '['}{self.low:g}"
+        right = "inf)" if self.high is None else f"{self.high:g}{')' if self.open_high else ']'}"
+        return f"{left}, {right}"
+
+    def fault(self, value: Any) -> str | None:
+        """What is wrong with a single value of this setting, or None."""
+        if self.kind == "choice":
+            return None if value in self.choices else f"`{self.name}` is one of {self.range_text()}, not {value!r}"
+        if self.kind == "flag":
+            return None if isinstance(value, bool) else f"`{self.name}` is true or false, not {value!r}"
+        if self.kind == "reference":
+            return None if isinstance(value, str) else f"`{self.name}` names a model or a step, not {value!r}"
+        if self.kind == "layers":
+            return None if _is_range(value) else f"`{self.name}` is [start, stop) with 0 <= start < stop, not {value!r}"
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return f"`{self.name}` is a number, not {value!r}"
+        if self.kind == "integer" and not isinstance(value, int):
+            return f"`{self.name}` is a whole number, not {value!r}"
+        # Written so that NaN fails every bound, and is refused even where there is none.
+        above = self.low is None or (value > self.low if self.open_low else value >= self.low)
+        below = self.high is None or (value < self.high if self.open_high else value <= self.high)
+        if above and below and value == value and abs(value) != float("inf"):
+            return None
+        return f"`{self.name}` must lie in {self.range_text()}, not {value!r}"
+
+
+def _is_range(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+        and 0 <= value[0] < value[1]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One use of a method inside a composite: what the plan turns into nodes. Inputs are calls or slots."""
+
+    method: Method
+    inputs: tuple[Call | Slot, ...]
+    params: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Input number `index` of a composite, not yet bound to a tensor."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method as the registry knows it.
+
+    `fn` is the math. For a part it takes `(tensors, **params)` and returns one tensor, elementwise, per row or whole
+    according to `reach`; for a composite it takes slots and returns a `Call` tree made of other methods.
+    `takes` and `gives` are spaces; a method that takes deltas accepts weights where the step names a `base`.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    summary: str
+    params: tuple[Param, ...]
+    takes: Space = "same"
+    gives: Space = "same"
+    reach: Reach = "element"
+    composite: bool = False
+    inputs: tuple[int, int | None] = (1, None)
+    base: Literal["no", "optional", "required"] = "no"
+    paper: str = ""
+    measure: Callable[..., Any] | None = None
+    pool: Callable[..., bool] | None = None
+    check: Callable[..., str | None] | None = None
+    remark: Callable[..., str | None] | None = None
+    seeded: bool = False
+    row_axis: Literal["first", "last"] = "last"
+    public: bool = True
+    doc: str = ""
+    module: str = ""
+
+    def __call__(self, *inputs: Call | Slot, **params: Any) -> Call:
+        """Use this method inside a composite: `sparsify(delta, density=0.2)`."""
+        return Call(self, tuple(inputs), tuple(params.items()))
+
+    def param(self, name: str) -> Param | None:
+        return next((p for p in self.params if p.name == name), None)
+
+    @property
+    def per_input(self) -> tuple[Param, ...]:
+        return tuple(p for p in self.params if p.per_input)
+
+    def signature(self) -> str:
+        """`ties(of: 1 or more, base: optional)` for lists and pages."""
+        low, high = self.inputs
+        count = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
+        base = "" if self.base == "no" else f", base: {self.base}"
+        return f"{self.name}(of: {count}{base})"
+
+
+def weights_sum(weights: Sequence[float]) -> float:
+    """The sum of weights in input order, as the kernels form it."""
+    total = 0.0
+    for weight in weights:
+        total += weight
+    return total

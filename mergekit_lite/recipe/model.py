@@ -1,0 +1,76 @@
+"""The recipe as data: what `read` makes of a text and `plan` works from. No torch, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mergekit_lite.errors import Mark
+from mergekit_lite.recipe.value import Value
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A mention of a model or a step by name. Inline paths and Hub ids become models whose name is the text itself."""
+
+    name: str
+    mark: Mark
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A checkpoint to load: `location` is a path or a Hub id, `revision` what stood after `@`."""
+
+    name: str
+    location: str
+    revision: str | None
+    mark: Mark
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One input of a step with its own settings (`of: {math: {weight: 0.5}}`)."""
+
+    ref: Ref
+    params: Mapping[str, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One use of a method. `params` are the settings under `with`; `mark` points at the step's name, `use_mark` at the
+    method's. `missing` says what to do with tensors that only some inputs have; `rest` is the model that gives `stack`
+    the tensors outside the layers."""
+
+    name: str
+    use: str
+    of: tuple[Input, ...]
+    base: Ref | None
+    params: Mapping[str, Value]
+    mark: Mark
+    use_mark: Mark
+    missing: str = "error"
+    rest: Ref | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """One output folder. `step` None means: the only step that no other uses. `shard` is a size in bytes."""
+
+    step: Ref | None
+    to: str
+    dtype: str | None
+    shard: int
+    mark: Mark
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A whole recipe. Mappings keep the order of the text; `text` is the source, kept beside the output."""
+
+    models: Mapping[str, Model]
+    steps: Mapping[str, Step]
+    saves: tuple[Save, ...]
+    seed: int
+    file: str
+    text: str
+    version: int = 1
