@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Kind = Literal["number", "integer", "flag", "choice", "reference", "layers"]
 Space = Literal["weight", "delta", "same"]
-Reach = Literal["element", "row", "measured", "matrix", "structure"]
+# element: each output element needs the same element of the inputs; measured: that, after a statistic of the whole
+# tensor; pooled: that, after a statistic of all tensors of the step; row: whole rows; matrix: the whole tensor;
+# structure: works on names, not on numbers (`stack`), and is carried out by the plan.
+Reach = Literal["element", "measured", "pooled", "row", "matrix", "structure"]
+
+
+Params = Mapping[str, Any]
 
 
 class _Required:
@@ -105,13 +111,31 @@ class Slot:
     index: int
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Where a block lies: flat index of its first element in the tensor, and the tensor's random key (64 bits)."""
+
+    start: int
+    key: int
+
+
 @dataclass(frozen=True)
 class Method:
     """A merge method as the registry knows it.
 
-    `fn` is the math. For a part it takes `(tensors, **params)` and returns one tensor, elementwise, per row or whole
-    according to `reach`; for a composite it takes slots and returns a `Call` tree made of other methods.
-    `takes` and `gives` are spaces; a method that takes deltas accepts weights where the step names a `base`.
+    `fn` is the math. For a part it is called as `fn(xs, **params)`, with `stat=` where `measure` gave a statistic and
+    `block=` where `positioned`; it returns one new tensor and leaves `xs` as they are. `xs` are 1-D blocks for element,
+    measured and pooled reach, (rows, row length) blocks for row reach, whole tensors for matrix reach. Per-input
+    parameters come as tuples, one entry per input. For a composite, `fn` takes one slot per input and the same
+    parameters, and returns a `Call` tree made of other methods.
+
+    `takes` and `gives` are spaces; a method that takes deltas accepts weights where the step names a `base`: the plan
+    then subtracts the base from every input and adds the result to it.
+
+    `reach` is one of `Reach`, or a function of the parameters that gives one. `measure(params, inputs, numels)` gives
+    a fresh `Measure` (see methods/measure.py) for tensors of these sizes. `pick(params, inputs)` gives the index of
+    the input that the call returns unchanged, bit for bit, or None. `check(params, inputs)` gives what is wrong with a
+    combination of settings, `remark` what deserves a warning; both give None where all is well.
     """
 
     name: str
@@ -120,24 +144,30 @@ class Method:
     params: tuple[Param, ...]
     takes: Space = "same"
     gives: Space = "same"
-    reach: Reach = "element"
+    reach: Reach | Callable[[Params], Reach] = "element"
     composite: bool = False
     inputs: tuple[int, int | None] = (1, None)
     base: Literal["no", "optional", "required"] = "no"
     paper: str = ""
-    measure: Callable[..., Any] | None = None
-    pool: Callable[..., bool] | None = None
-    check: Callable[..., str | None] | None = None
-    remark: Callable[..., str | None] | None = None
-    seeded: bool = False
+    measure: Callable[[Params, int, Sequence[int]], Any] | None = None
+    pick: Callable[[Params, int], int | None] | None = None
+    check: Callable[[Params, int], str | None] | None = None
+    remark: Callable[[Params, int], str | None] | None = None
+    positioned: bool = False
     row_axis: Literal["first", "last"] = "last"
     public: bool = True
     doc: str = ""
     module: str = ""
 
     def __call__(self, *inputs: Call | Slot, **params: Any) -> Call:
-        """Use this method inside a composite: `sparsify(delta, density=0.2)`."""
-        return Call(self, tuple(inputs), tuple(params.items()))
+        """Use this method inside a composite: `sparsify(delta, density=0.2)`. Unnamed settings take their defaults."""
+        full = {p.name: params.pop(p.name, p.default) for p in self.params}
+        if params or any(value is REQUIRED for value in full.values()):
+            raise TypeError(f"{self.name}: unknown settings {sorted(params)} or required ones missing in {full}")
+        for param in self.per_input:
+            value = full[param.name]
+            full[param.name] = tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(inputs)
+        return Call(self, tuple(inputs), tuple(full.items()))
 
     def param(self, name: str) -> Param | None:
         return next((p for p in self.params if p.name == name), None)
@@ -146,17 +176,12 @@ class Method:
     def per_input(self) -> tuple[Param, ...]:
         return tuple(p for p in self.params if p.per_input)
 
+    def reach_of(self, params: Params) -> Reach:
+        return self.reach(params) if callable(self.reach) else self.reach
+
     def signature(self) -> str:
         """`ties(of: 1 or more, base: optional)` for lists and pages."""
         low, high = self.inputs
         count = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
         base = "" if self.base == "no" else f", base: {self.base}"
         return f"{self.name}(of: {count}{base})"
-
-
-def weights_sum(weights: Sequence[float]) -> float:
-    """The sum of weights in input order, as the kernels form it."""
-    total = 0.0
-    for weight in weights:
-        total += weight
-    return total

@@ -54,10 +54,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """One output folder. `step` None means: the only step that no other uses. `shard` is a size in bytes."""
+    """One output folder. `step` None means: the only step that no other uses. `to` None means: `--out` gives it.
+    `dtype` None keeps the stored dtypes. `shard` is the most bytes of tensors in one file."""
 
     step: Ref | None
-    to: str
+    to: str | None
     dtype: str | None
     shard: int
     mark: Mark
@@ -65,7 +66,8 @@ class Save:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A whole recipe. Mappings keep the order of the text; `text` is the source, kept beside the output."""
+    """A whole recipe. Mappings keep the order of the text; `text` is the source, kept beside the output. `compute` is
+    the dtype of the arithmetic. `overrides` are the settings that the command line changed (`--set`)."""
 
     models: Mapping[str, Model]
     steps: Mapping[str, Step]
@@ -74,3 +76,5 @@ class Recipe:
     file: str
     text: str
     version: int = 1
+    compute: str = "float32"
+    overrides: tuple[str, ...] = ()

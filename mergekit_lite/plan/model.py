@@ -1,0 +1,129 @@
+"""The plan as data: what a run needs to know, worked out from the recipe and the checkpoints' headers. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergekit_lite.checkpoint.meta import Checkpoint, TensorMeta
+from mergekit_lite.errors import Problem
+from mergekit_lite.methods.spec import Method
+from mergekit_lite.recipe.model import Recipe
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """One tensor of the computation: a tensor read from a checkpoint (`load`) or a method's result (`method`).
+
+    Nodes are compared by identity; equal computations are one node, so that a result used twice is computed once per
+    block. `key` seeds the randomness of the node; `pool` names the statistic that all tensors of a step share.
+    """
+
+    id: int
+    shape: tuple[int, ...]
+    step: str
+    load: TensorMeta | None = None
+    method: Method | None = None
+    inputs: tuple[Node, ...] = ()
+    params: tuple[tuple[str, Any], ...] = ()
+    key: int = 0
+    pool: str | None = None
+    pool_index: int = 0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class OutTensor:
+    """One tensor of an output shard: `start` is the absolute offset of its first byte in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    node: Node
+    shard: int
+    start: int
+    nbytes: int
+
+    @property
+    def copied(self) -> bool:
+        """True where the stored bytes of an input are the output's bytes."""
+        return self.node.load is not None and self.node.load.dtype == self.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class OutShard:
+    """One output file: its name, its header (length prefix included) and its size in bytes."""
+
+    file: str
+    header: bytes
+    nbytes: int
+    tensors: tuple[OutTensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One `save`: a folder of shards with the configuration files of `donor`."""
+
+    to: str
+    step: str
+    shards: tuple[OutShard, ...]
+    index: Mapping[str, Any] | None
+    config: Mapping[str, Any]
+    donor: str
+
+    @property
+    def tensors(self) -> tuple[OutTensor, ...]:
+        return tuple(t for shard in self.shards for t in shard.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What one thread does in one go: output tensors of one name and size, `(output, tensor)` each."""
+
+    id: int
+    name: str
+    targets: tuple[tuple[int, OutTensor], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepView:
+    """A step as `merge plan` shows it."""
+
+    name: str
+    use: str
+    inputs: tuple[str, ...]
+    base: str | None
+    space: str
+    tensors: int
+    params: Mapping[str, str]
+    reads: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that a run does. `digest` names the bytes that come out: same digest, same bytes.
+
+    `bytes_read` counts every pass over the inputs, `bytes_written` the shards, `peak_bytes` the anonymous memory that
+    the blocks of `threads` threads need at most.
+    """
+
+    recipe: Recipe
+    checkpoints: Mapping[str, Checkpoint]
+    steps: tuple[StepView, ...]
+    outputs: tuple[Output, ...]
+    units: tuple[Unit, ...]
+    pools: Mapping[str, tuple[Node, ...]]
+    bytes_read: int
+    bytes_written: int
+    peak_bytes: int
+    digest: str
+    warnings: tuple[Problem, ...] = field(default=())
