@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mergekit_lite.errors import Problem
+
 # safetensors dtype code -> bits per element. Sub-byte dtypes are copied, never computed with.
 DTYPE_BITS: Mapping[str, int] = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16,
@@ -15,6 +17,15 @@ DTYPE_BITS: Mapping[str, int] = {
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64,
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
+# safetensors dtype code -> its name in torch and in config.json. No torch dtype holds one element of a sub-byte dtype.
+DTYPE_NAMES: Mapping[str, str] = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+DTYPE_CODES: Mapping[str, str] = {name: code for code, name in DTYPE_NAMES.items()}
 # Floating dtypes that take part in a merge; every other dtype is copied from the base (METHODS: integer buffers).
 MERGEABLE = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
@@ -47,7 +58,11 @@ class ShardFile:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint seen through its headers. `tensors` keeps the order on disk: shard by shard, offset by offset."""
+    """A checkpoint seen through its headers. `tensors` keeps the order on disk: shard by shard, offset by offset.
+
+    `folder` is where config.json and the tokenizer files lie. `notes` are findings that do not stop a merge but that a
+    person may want to see, such as tensors on disk that the index leaves out.
+    """
 
     location: str
     revision: str | None
@@ -56,3 +71,4 @@ class Checkpoint:
     tensors: Mapping[str, TensorMeta]
     shards: tuple[ShardFile, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[Problem, ...] = ()

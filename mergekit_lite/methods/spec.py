@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -95,6 +96,11 @@ def _is_range(value: Any) -> bool:
     )
 
 
+def keywords(params: Params) -> dict[str, Any]:
+    """Settings as keyword arguments of a method's `fn`: a Python keyword gets an underscore, `lambda_`."""
+    return {name + "_" if keyword.iskeyword(name) else name: value for name, value in params.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One use of a method inside a composite: what the plan turns into nodes. Inputs are calls or slots."""
@@ -129,13 +135,15 @@ class Method:
     parameters come as tuples, one entry per input. For a composite, `fn` takes one slot per input and the same
     parameters, and returns a `Call` tree made of other methods.
 
-    `takes` and `gives` are spaces; a method that takes deltas accepts weights where the step names a `base`: the plan
-    then subtracts the base from every input and adds the result to it.
+    `takes` and `gives` are spaces; a method that takes and gives deltas accepts weights where the step names a `base`:
+    the plan then subtracts the base from every input and adds the result to it. Any other part with a base (`delta`,
+    `add`) gets the base as the last of `xs`; per-input parameters have no entry for it.
 
     `reach` is one of `Reach`, or a function of the parameters that gives one. `measure(params, inputs, numels)` gives
     a fresh `Measure` (see methods/measure.py) for tensors of these sizes. `pick(params, inputs)` gives the index of
-    the input that the call returns unchanged, bit for bit, or None. `check(params, inputs)` gives what is wrong with a
-    combination of settings, `remark` what deserves a warning; both give None where all is well.
+    the input that the call returns unchanged, bit for bit, or None. For both, `inputs` counts `xs`, the base included.
+    `check(params, inputs)` gives what is wrong with a combination of settings, `remark` what deserves a warning; both
+    give None where all is well, and `inputs` counts what stands in `of`.
     """
 
     name: str
@@ -166,8 +174,19 @@ class Method:
             raise TypeError(f"{self.name}: unknown settings {sorted(params)} or required ones missing in {full}")
         for param in self.per_input:
             value = full[param.name]
-            full[param.name] = tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(inputs)
+            count = len(inputs) - 1 if self.base_last else len(inputs)
+            full[param.name] = tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
         return Call(self, tuple(inputs), tuple(full.items()))
+
+    @property
+    def surrounds(self) -> bool:
+        """True for a method on deltas whose base stands around it: subtracted from the inputs, added to the result."""
+        return self.takes == "delta" and self.gives == "delta"
+
+    @property
+    def base_last(self) -> bool:
+        """True for a part whose `xs` end with the base."""
+        return self.base != "no" and not self.surrounds
 
     def param(self, name: str) -> Param | None:
         return next((p for p in self.params if p.name == name), None)

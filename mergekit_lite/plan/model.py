@@ -87,10 +87,13 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What one thread does in one go: output tensors of one name and size, `(output, tensor)` each."""
+    """What one thread does in one go: elements [start, stop) of output tensors of one name and shape, `(output, tensor)`
+    each."""
 
     id: int
     name: str
+    start: int
+    stop: int
     targets: tuple[tuple[int, OutTensor], ...]
 
 

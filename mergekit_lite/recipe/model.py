@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from mergekit_lite.errors import Mark
 from mergekit_lite.recipe.value import Value
@@ -67,7 +68,8 @@ class Save:
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """A whole recipe. Mappings keep the order of the text; `text` is the source, kept beside the output. `compute` is
-    the dtype of the arithmetic. `overrides` are the settings that the command line changed (`--set`)."""
+    the dtype of the arithmetic. `overrides` are the settings that the command line changed (`--set`). `lock` is what an earlier run noted of its inputs and
+    outputs, where the recipe is a lock file."""
 
     models: Mapping[str, Model]
     steps: Mapping[str, Step]
@@ -78,3 +80,4 @@ class Recipe:
     version: int = 1
     compute: str = "float32"
     overrides: tuple[str, ...] = ()
+    lock: Mapping[str, Any] | None = None

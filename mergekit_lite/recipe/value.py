@@ -41,11 +41,13 @@ class Rule:
 class Value:
     """A setting as written: rules tried in order, the first that applies wins.
 
-    A curve applies only to tensors that belong to a layer; others fall through to the next rule (`else`).
+    A curve applies only to tensors that belong to a layer; others fall through to the next rule (`else`). `mark` is the
+    place of the value, `key_mark` that of the setting's name.
     """
 
     rules: tuple[Rule, ...]
     mark: Mark
+    key_mark: Mark | None = None
 
     @classmethod
     def plain(cls, value: Scalar, mark: Mark) -> Value:

@@ -1,0 +1,54 @@
+# `make` lists the targets. VENV=path uses another virtual environment, PYTHON=python3.12 another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+# Options for installing torch, e.g. TORCH_OPTIONS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH_OPTIONS ?=
+PYTEST_OPTIONS ?= -n 2
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test check bench docs clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
+
+venv: $(INSTALLED) ## make the virtual environment and install everything in it
+
+# torch comes first and by its exact version: a range would let pip fetch several builds of some gigabytes.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(TORCH_OPTIONS) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[test,dev]"
+	@touch $@
+
+demo: $(INSTALLED) demo/.trained ## train small checkpoints, merge them, compare the result with its parents
+	rm -rf out/quickstart
+	$(BIN)/merge run recipes/quickstart.yaml
+	$(BIN)/python scripts/evaluate_digits.py
+
+demo/.trained: scripts/train_digits.py scripts/digits.py | $(INSTALLED)
+	$(BIN)/python scripts/train_digits.py --out demo
+	@touch $@
+
+test: $(INSTALLED) ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+check: $(INSTALLED) ## lint, formatting, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+bench: $(INSTALLED) ## measure time and memory on a synthetic model of 1.1 billion parameters
+	$(BIN)/python benchmarks/bench.py
+
+docs: $(INSTALLED) ## write docs/methods.md anew from the registry of methods
+	$(BIN)/merge methods --markdown > docs/methods.md.new
+	mv docs/methods.md.new docs/methods.md
+
+clean: ## remove the demo, caches, builds and the virtual environment
+	rm -rf demo out/quickstart build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,226 @@
+"""Finds a checkpoint, on disk or on the Hub, and reads its headers. No torch, and never a byte of a tensor."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from mergekit_lite.checkpoint.header import Header, read_header
+from mergekit_lite.checkpoint.hub import fetch, is_hub_id
+from mergekit_lite.checkpoint.inside import inside, is_plain_name, read_object
+from mergekit_lite.checkpoint.meta import Checkpoint, TensorMeta
+from mergekit_lite.errors import InputError, Mark, Problem, did_you_mean
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_MAX_CONFIG_BYTES = 16 * 2**20
+_MAX_INDEX_BYTES = 100_000_000
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_CONVERT = (
+    "only safetensors files are read, since pickled weights can run code: load the model once with transformers, "
+    "`from_pretrained(...)`, and save it with `save_pretrained(...)`"
+)
+
+
+def open_checkpoint(
+    location: str, revision: str | None, *, mark: Mark | None = None, offline: bool = False
+) -> Checkpoint:
+    """The checkpoint at `location`: an existing folder or .safetensors file, otherwise a Hub id with its `revision`.
+
+    A folder holds model.safetensors, or shards with an index, or nothing but a consistent set of .safetensors files.
+    The checkpoint's `revision` is the commit that a Hub model was resolved to. `offline` looks at the Hub's cache only.
+    Raises InputError, with `mark` in every problem, for whatever is missing, unreachable or corrupt.
+    """
+    try:
+        return _open(location, revision, offline)
+    except InputError as error:
+        raise InputError([replace(problem, mark=problem.mark or mark) for problem in error.problems]) from error
+
+
+def _open(location: str, revision: str | None, offline: bool) -> Checkpoint:
+    path = Path(os.path.abspath(os.path.expanduser(location)))
+    if location and os.path.exists(path):
+        if revision is not None:
+            hint = f"leave out `@{revision}`, or rename the folder if the model on the Hub is meant"
+            raise InputError(f"`{location}` is on this disk, where there are no revisions", hint=hint)
+        if path.is_dir():
+            return _read(location, None, path, _list_folder(path, location), location)
+        if path.suffix != ".safetensors":
+            raise InputError(f"`{location}` is not a .safetensors file", hint=_CONVERT)
+        return _read(location, None, path.parent, _Listing((path.name,)), str(Path(location).parent), linked=True)
+    if not is_hub_id(location):
+        raise InputError(f"there is no checkpoint at `{location}`", hint=_siblings(path, location) or _KINDS)
+    try:
+        folder, commit = fetch(location, revision, offline=offline)
+    except InputError as error:
+        # `out/mine` may be a model on the Hub or a misspelt folder: name what lies beside it too.
+        near = _siblings(path, location)
+        if near is None:
+            raise
+        raise InputError([replace(p, hint=f"{p.hint}; on this disk: {near}") for p in error.problems]) from error
+    return _read(location, commit, folder, _list_folder(folder, location), str(folder))
+
+
+_KINDS = "give an existing folder, a .safetensors file, or a Hub id such as `organisation/name`"
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """Which files of a folder make up the checkpoint. `index` maps tensors to files; None: take every tensor."""
+
+    files: tuple[str, ...]
+    index: Mapping[str, str] | None = None
+    notes: tuple[Problem, ...] = field(default=())
+
+
+def _list_folder(folder: Path, location: str) -> _Listing:
+    """Chooses the weight files of a folder as transformers does, and any consistent set where it would find none."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise InputError(f"cannot read the folder `{location}`: {error.strerror}") from error
+    if INDEX in names:
+        listing = _read_index(folder, location)
+        if SINGLE in names and SINGLE not in listing.files:
+            note = f"`{location}` holds both {SINGLE} and {INDEX}; as in transformers, {SINGLE} is read"
+            return _Listing((SINGLE,), notes=(Problem(note),))
+        missing = sorted(set(listing.files) - set(names))
+        if missing:
+            raise InputError(_missing(missing, len(listing.files), location))
+        return listing
+    if SINGLE in names:
+        return _Listing((SINGLE,))
+    files = [
+        name
+        for name in names
+        if name.endswith(".safetensors") and not name.startswith("consolidated") and name != "adapter_model.safetensors"
+    ]
+    if files:
+        _check_numbers(files, location)
+        return _Listing(tuple(files))
+    if "adapter_config.json" in names or "adapter_model.safetensors" in names:
+        hint = "merge the adapter into its base first: peft's `merge_and_unload()`, then `save_pretrained(...)`"
+        raise InputError(f"`{location}` holds an adapter, not a whole model", hint=hint)
+    if any(name.endswith(_PICKLES) for name in names):
+        raise InputError(f"`{location}` holds pickled weights and no .safetensors file", hint=_CONVERT)
+    raise InputError(f"`{location}` holds no .safetensors file", hint=f"{_KINDS}; {_CONVERT}")
+
+
+def _read_index(folder: Path, location: str) -> _Listing:
+    """The files that the index names. Raises InputError where one has a name that leads out of the folder."""
+    shown = os.path.join(location, INDEX)
+    weight_map = read_object(inside(folder, INDEX), _MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError(f"`{shown}` has no `weight_map` from tensor names to file names", hint="download it again")
+    files = sorted(set(weight_map.values()))
+    outside = [file for file in files if not is_plain_name(file)]
+    if outside:
+        hint = "an index may name files of its own folder only; do not use a checkpoint that tries otherwise"
+        raise InputError(
+            [Problem(f"`{shown}` names a file outside its folder: `{f[:200]}`", hint=hint) for f in outside]
+        )
+    return _Listing(tuple(files), weight_map)
+
+
+def _check_numbers(files: Iterable[str], location: str) -> None:
+    """Raises InputError where files named -00001-of-00003 and so on are not all there."""
+    for match in filter(None, map(_NUMBERED.fullmatch, files)):
+        width, count = len(match["count"]), int(match["count"])
+        if count > 100_000:
+            raise InputError(f"`{os.path.join(location, match[0])}` claims to be one of {count} shards")
+        wanted = [f"{match['stem']}-{i:0{width}d}-of-{match['count']}.safetensors" for i in range(1, count + 1)]
+        missing = sorted(set(wanted) - set(files))
+        if missing:
+            raise InputError(_missing(missing, count, location))
+
+
+def _missing(missing: Sequence[str], count: int, location: str) -> Problem:
+    return Problem(
+        f"`{location}` lacks {len(missing)} of its {count} shards: {_few(missing)}",
+        hint="download the missing files into the folder; `hf download ID --local-dir FOLDER` goes on where it stopped",
+    )
+
+
+def _read(
+    location: str, revision: str | None, folder: Path, listing: _Listing, shown: str, *, linked: bool = False
+) -> Checkpoint:
+    """Reads config and headers. `shown` names the folder in messages; `linked` allows a weight file to be a link, since
+    the user named that file."""
+    headers: list[Header] = []
+    problems: list[Problem] = []
+    for file in listing.files:
+        try:
+            path = folder / file if linked else inside(folder, file)
+            headers.append(read_header(path, os.path.join(shown, file)))
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    tensors, notes = _collect(location, listing, headers)
+    if not tensors:
+        raise InputError(f"`{location}` holds no tensors", hint="download it again")
+    config = {}
+    if os.path.lexists(folder / "config.json"):
+        config = read_object(inside(folder, "config.json"), _MAX_CONFIG_BYTES)
+    return Checkpoint(
+        location=location,
+        revision=revision,
+        folder=folder,
+        config=config,
+        tensors=tensors,
+        shards=tuple(header.shard for header in headers),
+        metadata={key: value for header in reversed(headers) for key, value in header.metadata.items()},
+        notes=(*listing.notes, *notes),
+    )
+
+
+def _collect(
+    location: str, listing: _Listing, headers: Sequence[Header]
+) -> tuple[dict[str, TensorMeta], list[Problem]]:
+    """The tensors of all shards by name, in order of shard and offset; the index decides where there is one."""
+    tensors: dict[str, TensorMeta] = {}
+    twice: list[str] = []
+    unlisted = 0
+    for file, header in zip(listing.files, headers, strict=True):
+        for meta in header.tensors:
+            if listing.index is not None and listing.index.get(meta.name) != file:
+                unlisted += meta.name not in listing.index
+            elif meta.name in tensors:
+                twice.append(f"{meta.name} ({file} and {os.path.basename(tensors[meta.name].file)})")
+            else:
+                tensors[meta.name] = meta
+    if twice:
+        hint = "name the one .safetensors file that is meant, or add an index that says which file holds which tensor"
+        raise InputError(f"`{location}` holds {len(twice)} tensors in two files each: {_few(twice)}", hint=hint)
+    if listing.index is None:
+        return tensors, []
+    absent = [f"{name} ({file})" for name, file in listing.index.items() if name not in tensors]
+    if absent:
+        problem = f"{INDEX} of `{location}` promises {len(absent)} tensors that its shards lack: {_few(absent)}"
+        raise InputError(problem, hint="index and shards belong to different versions: download all of them again")
+    note = f"{unlisted} tensors in the shards of `{location}` are not in its index and take no part"
+    return tensors, [Problem(note)] if unlisted else []
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first names and how many more there are."""
+    shown = ", ".join(name[:200] for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def _siblings(path: Path, location: str) -> str | None:
+    """What stands in the parent folder that `location` may have meant; None where that folder does not exist."""
+    try:
+        with os.scandir(path.parent) as entries:
+            names = sorted(e.name for e in entries if e.name.endswith(".safetensors") or e.is_dir())
+    except OSError:
+        return None
+    parent = os.path.dirname(location)
+    near = did_you_mean(path.name, names)
+    if near is not None:
+        return f"did you mean `{os.path.join(parent, near)}`?"
+    return f"`{parent or '.'}` holds {_few(names)}" if names and location else None

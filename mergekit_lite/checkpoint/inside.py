@@ -1,0 +1,99 @@
+"""Files of an untrusted checkpoint folder: each must lie inside the folder. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mergekit_lite.errors import InputError
+
+# huggingface_hub marks its cache-wide store of deduplicated files with this file.
+_SHARED_BLOBS_MARKER = ".huggingface-shared-blobs"
+
+
+def is_plain_name(name: str) -> bool:
+    """True where `name` is a file name without a folder: no separator of any system, no `..`, no drive, no NUL."""
+    return bool(name) and name not in {".", ".."} and not any(c in name for c in "/\\:\0")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name` where it, links followed, stays inside `folder`.
+
+    `name` may hold `/` if the caller wrote it; a name from a file is checked with `is_plain_name` first. In a snapshot
+    of the Hub's cache the files are links to the cache's blobs, which is fine. Raises InputError for a link that leads
+    elsewhere.
+    """
+    path = folder / name
+    try:
+        real = path.resolve()
+    except RuntimeError as error:  # what Python before 3.13 makes of a circle of links
+        raise InputError(
+            f"`{path}` is a link that leads back to itself", hint="put the file itself in its place"
+        ) from error
+    if not any(real.is_relative_to(home) for home in _homes(folder.resolve())):
+        raise InputError(
+            f"`{path}` is a link to `{real}`, outside its folder",
+            hint="put the file itself into the folder; a checkpoint may not point at other files of this machine",
+        )
+    return path
+
+
+def _homes(folder: Path) -> list[Path]:
+    """The folders in which the files of `folder` may really lie."""
+    homes = [folder]
+    repo = folder.parent.parent
+    if folder.parent.name == "snapshots" and repo.name.startswith("models--"):
+        homes.append(repo / "blobs")
+        shared = repo.parent / "blobs"
+        if (shared / _SHARED_BLOBS_MARKER).is_file():
+            homes.append(shared)
+    return homes
+
+
+def read_object(path: Path, limit: int) -> dict[str, Any]:
+    """The JSON object in the file at `path`, which may have `limit` bytes at most.
+
+    NaN and Infinity are accepted, since transformers writes them. Raises InputError for anything else than an object.
+    """
+    hint = "download the file again"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(fd, "rb") as file:
+            text = file.read(limit + 1)
+    except OSError as error:
+        raise InputError(f"cannot read `{path}`: {error.strerror}") from error
+    if len(text) > limit:
+        raise InputError(f"`{path}` has more than {limit} bytes, too many for a file of its kind", hint=hint)
+    try:
+        made = json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"`{path}` is not UTF-8 at byte {error.start}", hint=hint) from error
+    except RecursionError as error:
+        raise InputError(f"`{path}` is nested too deeply", hint=hint) from error
+    except json.JSONDecodeError as error:
+        message = f"`{path}` is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        raise InputError(message, hint=hint) from error
+    except ValueError as error:  # an integer of more digits than Python turns into a number
+        raise InputError(f"`{path}` holds a number that is too long", hint=hint) from error
+    if not isinstance(made, dict):
+        raise InputError(f"`{path}` is not a JSON object", hint=hint)
+    if not _is_shallow(made):
+        raise InputError(f"`{path}` is nested too deeply", hint=hint)
+    return made
+
+
+def _is_shallow(value: Any, limit: int = 64) -> bool:
+    """True where objects and lists are nested `limit` deep at most, so that what walks or writes them may recurse."""
+    level = [value]
+    for _ in range(limit):
+        level = [
+            item
+            for each in level
+            if isinstance(each, (dict, list))
+            for item in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return True
+    return False

@@ -1,0 +1,40 @@
+"""State dicts in memory, seen as checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_lite.checkpoint.meta import DTYPE_CODES, Checkpoint, TensorMeta
+from mergekit_lite.errors import InputError
+
+
+def memory_checkpoint(name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint of one state dict, called `name`. Raises InputError for a dtype that no checkpoint stores."""
+    metas: dict[str, TensorMeta] = {}
+    for key, tensor in tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in DTYPE_CODES:
+            raise InputError(f"`{key}` of `{name}` has the dtype {dtype}", hint="convert it to a floating dtype first")
+        nbytes = tensor.numel() * tensor.element_size()
+        metas[key] = TensorMeta(key, tuple(tensor.shape), DTYPE_CODES[dtype], name, 0, nbytes)
+    return Checkpoint(name, None, None, config, metas, ())
+
+
+class MemoryReader:
+    """Reads the state dicts of `memory_checkpoint`s, by model name."""
+
+    def __init__(self, models: Mapping[str, Mapping[str, Tensor]]):
+        self._models = models
+
+    def read(self, meta: TensorMeta, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a tensor, flat, in its dtype, on the CPU."""
+        return self._models[meta.file][meta.name].detach().reshape(-1)[start:stop].cpu()
+
+    def read_bytes(self, meta: TensorMeta, start: int, stop: int, buffer: memoryview) -> None:
+        """Stored bytes [start, stop) of a tensor into `buffer`."""
+        values = self._models[meta.file][meta.name].detach().reshape(-1).cpu().contiguous().view(torch.uint8)
+        buffer[:] = values[start:stop].numpy().data

@@ -1,0 +1,154 @@
+"""Reads tensors' bytes, any range of them, from many threads.
+
+With preadv into the caller's memory, not with mmap: a file that is truncated under a mapping kills the process with
+SIGBUS where preadv returns an error that can be told; a cache-sized block is read faster than its pages are faulted in;
+and mapped pages would count as memory of the process.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from mergekit_lite.checkpoint.meta import DTYPE_NAMES, ShardFile, TensorMeta
+from mergekit_lite.errors import InputError
+
+# safetensors dtype code -> torch dtype, for those that this version of torch has. Sub-byte dtypes are read as bytes.
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    code: getattr(torch, name) for code, name in DTYPE_NAMES.items() if hasattr(torch, name)
+}
+MAX_OPEN_FILES = 64
+_MAX_READ = 2**30  # Linux reads 2 GiB less a page at most in one call, macOS refuses more than 2 GiB
+
+
+@dataclass(slots=True)
+class _OpenFile:
+    fd: int
+    users: int = 0
+
+
+class Reader:
+    """Reads from the given shards, each of which must be what it was when its header was read.
+
+    Keeps at most `max_open` files open, more only while as many threads read at once. Use it as a context manager.
+    """
+
+    def __init__(self, shards: Iterable[ShardFile], max_open: int = MAX_OPEN_FILES):
+        self._shards = {shard.path: shard for shard in shards}
+        self._max_open = max_open
+        self._open: OrderedDict[str, _OpenFile] = OrderedDict()  # the least recently used first
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes every file that no thread is reading; the others are closed when their read ends."""
+        with self._lock:
+            self._closed = True
+            self._drop_idle(0)
+
+    def read(self, meta: TensorMeta, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Elements [start, stop) of the flattened tensor, 1-D in its stored dtype, which must be one of TORCH_DTYPES.
+
+        `out`, where given, is a contiguous CPU tensor of that dtype and of `stop - start` elements; it is filled and
+        returned. Raises InputError where the file changed or cannot be read.
+        """
+        dtype = TORCH_DTYPES[meta.dtype]
+        if not 0 <= start <= stop <= meta.numel:
+            raise ValueError(f"elements [{start}, {stop}) of a tensor of {meta.numel}")
+        if out is None:
+            out = torch.empty(stop - start, dtype=dtype)
+        elif out.dtype != dtype or out.numel() != stop - start or not out.is_contiguous() or out.device.type != "cpu":
+            raise ValueError(f"`out` is no contiguous CPU tensor of {stop - start} elements of {dtype}")
+        if stop > start:
+            size = dtype.itemsize
+            buffer = out.view(-1).view(torch.uint8).numpy().data  # as bytes, since numpy lacks BF16 and FP8
+            self.read_bytes(meta, start * size, stop * size, buffer)
+        return out
+
+    def read_bytes(self, meta: TensorMeta, start_byte: int, stop_byte: int, buffer: memoryview) -> None:
+        """Fills `buffer`, writable and of `stop_byte - start_byte` bytes, with that range of the tensor's bytes.
+
+        Raises InputError where the file changed or cannot be read.
+        """
+        if not 0 <= start_byte <= stop_byte <= meta.nbytes:
+            raise ValueError(f"bytes [{start_byte}, {stop_byte}) of a tensor of {meta.nbytes}")
+        buffer = buffer.cast("B")
+        if len(buffer) != stop_byte - start_byte:
+            raise ValueError(f"a buffer of {len(buffer)} bytes for {stop_byte - start_byte}")
+        with self._file(meta.file) as fd:
+            place, end = 0, len(buffer)
+            while place < end:
+                try:
+                    # Python itself repeats a call that a signal interrupted.
+                    count = os.preadv(fd, [buffer[place : place + _MAX_READ]], meta.start + start_byte + place)
+                except OSError as error:
+                    raise InputError(
+                        f"cannot read tensor `{meta.name}` from `{meta.file}`: {error.strerror}",
+                        hint="check the disk, or download the file again",
+                    ) from error
+                if count == 0:
+                    raise InputError(
+                        f"`{meta.file}` became shorter while it was read, inside tensor `{meta.name}`",
+                        hint="download the file again and let nothing else write it during the run",
+                    )
+                place += count
+
+    @contextmanager
+    def _file(self, path: str) -> Iterator[int]:
+        """The descriptor of the file, open as long as the block lasts."""
+        with self._lock:
+            if self._closed:
+                raise ValueError("the reader is closed")
+            file = self._open.get(path)
+            if file is None:
+                file = self._open[path] = _OpenFile(_open_unchanged(self._shards[path]))
+            file.users += 1
+            self._open.move_to_end(path)
+            self._drop_idle(self._max_open)
+        try:
+            yield file.fd
+        finally:
+            with self._lock:
+                file.users -= 1
+                self._drop_idle(0 if self._closed else self._max_open)
+
+    def _drop_idle(self, keep: int) -> None:
+        """Closes files that no thread reads, the least recently used first, until `keep` are open. Under the lock."""
+        idle = [path for path, file in self._open.items() if not file.users] if len(self._open) > keep else []
+        for path in idle[: len(self._open) - keep]:
+            os.close(self._open.pop(path).fd)
+
+
+def _open_unchanged(shard: ShardFile) -> int:
+    """A descriptor of the file, if it still has the size and the mtime that the plan saw."""
+    try:
+        fd = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        found = os.fstat(fd)
+    except OSError as error:
+        raise InputError(f"cannot open `{shard.path}`: {error.strerror}", hint="the plan needs every input") from error
+    if (found.st_size, found.st_mtime_ns) != (shard.nbytes, shard.mtime_ns):
+        os.close(fd)
+        raise InputError(
+            f"`{shard.path}` changed since it was planned",
+            hint="let nothing write the inputs during a run, and plan again",
+        )
+    if hasattr(os, "posix_fadvise"):
+        # Doubles the read-ahead; blocks come in ascending order. A file system may not know it, which does no harm.
+        with suppress(OSError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    return fd

@@ -1,0 +1,163 @@
+"""Writes safetensors files whose every byte has its place before the first is known. No torch."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from mergekit_lite.checkpoint.header import MAX_HEADER_BYTES, PREFIX_BYTES
+from mergekit_lite.checkpoint.meta import DTYPE_BITS
+from mergekit_lite.errors import RecipeError, StoppedError
+
+_MAX_WRITE = 2**30  # Linux writes 2 GiB less a page at most in one call, macOS refuses more than 2 GiB
+
+
+def encode_header(
+    tensors: Sequence[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[int]]:
+    """The header of a file that holds `tensors`, `(name, dtype code, shape, nbytes)`, in the order given.
+
+    Returns the header, length prefix included, and each tensor's absolute offset in the file. The header is padded with
+    spaces so that the tensors begin at a multiple of 8, as the safetensors library does it. Raises RecipeError where
+    the header would exceed the 100 MB that readers accept.
+    """
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    begins: list[int] = []
+    place = 0
+    for name, dtype, shape, nbytes in tensors:
+        if nbytes * 8 != math.prod(shape) * DTYPE_BITS[dtype] or name in entries or name in ("", "__metadata__"):
+            raise ValueError(f"no such tensor can be stored: {name!r}, {dtype}, {shape}, {nbytes} bytes")
+        begins.append(place)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, place + nbytes]}
+        place += nbytes
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise RecipeError(
+            f"the header of an output file would take {len(text)} bytes; safetensors allows {MAX_HEADER_BYTES}",
+            hint="set a smaller `shard` under `save`, so that each file holds fewer tensors",
+        )
+    header = len(text).to_bytes(PREFIX_BYTES, "little") + text
+    return header, [len(header) + begin for begin in begins]
+
+
+def free_bytes(path: Path) -> int:
+    """How many bytes may still be written on the file system that `path` is on, or will be on once it exists."""
+    place = Path(os.path.abspath(path))
+    while not place.exists():
+        place = place.parent
+    found = os.statvfs(place)
+    return found.f_bavail * found.f_frsize
+
+
+class ShardFileWriter:
+    """One output file of a size known beforehand. Threads may write to it at once. A context manager.
+
+    Every failure of the operating system is a StoppedError, since what is written so far is kept.
+    """
+
+    def __init__(self, path: Path, fd: int, nbytes: int):
+        self.path = path
+        self.nbytes = nbytes
+        self._fd = fd
+
+    @classmethod
+    def create(cls, path: Path, header: bytes, nbytes: int) -> ShardFileWriter:
+        """A new file of `nbytes` bytes, header included, all of them reserved on the disk; replaces what was there.
+
+        Where there is too little space nothing is left behind, and the error says how much is needed and free.
+        """
+        fd = -1
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            _reserve(fd, nbytes)
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+                os.unlink(path)
+            hint = None
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                hint = f"{path.name} needs {nbytes:,} bytes, {free_bytes(path):,} are free on its disk: make room"
+            raise StoppedError(f"cannot create `{path}`: {error.strerror}", hint=hint) from error
+        writer = cls(path, fd, nbytes)
+        try:
+            writer.write(0, header)
+        except BaseException:
+            writer.close()
+            raise
+        return writer
+
+    @classmethod
+    def open(cls, path: Path, nbytes: int) -> ShardFileWriter:
+        """The file that `create` made in an earlier run, to go on with. It must have `nbytes` bytes."""
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            size = os.fstat(fd).st_size
+        except OSError as error:
+            raise StoppedError(f"cannot open `{path}`: {error.strerror}") from error
+        if size != nbytes:
+            os.close(fd)
+            raise StoppedError(
+                f"`{path}` has {size} bytes where the plan has {nbytes}",
+                hint="it is not this run's file, or it is damaged: remove the unfinished folder and start over",
+            )
+        return cls(path, fd, nbytes)
+
+    def __enter__(self) -> ShardFileWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write(self, offset: int, buffer: memoryview | bytes) -> None:
+        """Writes all of `buffer` at `offset`, which must lie inside the planned size."""
+        view = memoryview(buffer).cast("B")
+        if offset < 0 or offset + len(view) > self.nbytes:
+            raise ValueError(f"bytes [{offset}, {offset + len(view)}) of a file of {self.nbytes}")
+        place = 0
+        while place < len(view):
+            try:
+                place += os.pwrite(self._fd, view[place : place + _MAX_WRITE], offset + place)
+            except OSError as error:
+                raise self._stopped("write", error) from error
+
+    def sync(self) -> None:
+        """Returns when all that was written is on the disk."""
+        try:
+            # macOS has no fdatasync.
+            getattr(os, "fdatasync", os.fsync)(self._fd)
+        except OSError as error:
+            raise self._stopped("flush", error) from error
+
+    def close(self) -> None:
+        """Closes the file; a second call does nothing."""
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return
+        try:
+            os.close(fd)
+        except OSError as error:
+            raise self._stopped("close", error) from error
+
+    def _stopped(self, what: str, error: OSError) -> StoppedError:
+        hint = "make room on the disk or check it, then go on with `--resume`"
+        return StoppedError(f"cannot {what} `{self.path}`: {error.strerror}", hint=hint)
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    """Gives the file its size, with its blocks reserved where the file system can do that."""
+    if hasattr(os, "posix_fallocate") and nbytes:
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+    os.ftruncate(fd, nbytes)

@@ -1,0 +1,203 @@
+"""START HERE: a recipe is read, planned and run.
+
+load_recipe   text -> Recipe                         recipe/
+plan          Recipe + checkpoint headers -> Plan    plan/
+run           Plan -> shards on disk                 run/
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lite.checkpoint.find import open_checkpoint
+from mergekit_lite.checkpoint.meta import Checkpoint
+from mergekit_lite.errors import MergeError, Problem, RecipeError
+from mergekit_lite.recipe.model import Recipe
+from mergekit_lite.recipe.read import parse, read_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergekit_lite.plan.model import Plan
+    from mergekit_lite.run.execute import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run did. `shards` gives the SHA-256 of every shard by output folder and file name; `nonfinite` and
+    `overflow` count numbers by tensor; `changed` names the shards whose bytes differ from the recipe's lock."""
+
+    outputs: tuple[str, ...]
+    shards: Mapping[str, Mapping[str, str]]
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    resumed: int
+    nonfinite: Mapping[str, int]
+    overflow: Mapping[str, int]
+    changed: tuple[str, ...] = ()
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe. `overrides` are `--set` texts such as `steps.mixed.with.t=0.4`.
+
+    Raises InputError where there is no such file and RecipeError with all faults at once: those of the language and
+    those of the methods' settings.
+    """
+    recipe, problems = parse(read_file(str(path)), str(path), overrides)
+    if recipe is not None:
+        from mergekit_lite.methods.registry import all_methods
+        from mergekit_lite.plan.settings import check_steps
+
+        problems = [*problems, *check_steps(recipe, all_methods())]
+    if problems or recipe is None:
+        raise RecipeError(problems)
+    return recipe
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    out: str | Path | None = None,
+    threads: int | None = None,
+    block: int | None = None,
+    offline: bool = False,
+    check_output: bool = True,
+) -> Plan:
+    """Plan `recipe` from the headers of its checkpoints. Nothing is written.
+
+    `out` replaces the output folder of the recipe's only save. `threads` (default: the cores of this process) and
+    `block` (elements) change memory and speed, never a byte of the result. `check_output` False leaves out whether the
+    output folders are free, for looking at a plan whose result exists. Raises RecipeError and InputError, each with all
+    faults that were found.
+    """
+    from mergekit_lite.plan.build import build_plan, used_models
+    from mergekit_lite.plan.order import GRAIN
+
+    if out is not None and len(recipe.saves) > 1:
+        hint = "remove `--out`, or change one with `--set save.0.to=DIR`"
+        raise RecipeError(Problem(f"`--out` names one folder, the recipe saves {len(recipe.saves)}", None, hint))
+    checkpoints = _open_all(recipe, used_models(recipe), offline)
+    return build_plan(
+        recipe,
+        checkpoints,
+        out=Path(out) if out is not None else None,
+        threads=threads or default_threads(),
+        block=block or GRAIN,
+        check_output=check_output,
+    )
+
+
+def default_threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _open_all(recipe: Recipe, names: Sequence[str], offline: bool) -> dict[str, Checkpoint]:
+    """Every checkpoint that is needed; the faults of all of them come together."""
+    found: dict[str, Checkpoint] = {}
+    problems: list[Problem] = []
+    fault: MergeError | None = None
+    for name in names:
+        model = recipe.models[name]
+        try:
+            found[name] = open_checkpoint(model.location, model.revision, mark=model.mark, offline=offline)
+        except MergeError as error:
+            fault = error
+            problems += error.problems
+    if fault is not None:
+        raise type(fault)(problems)
+    return found
+
+
+def run(
+    plan: Plan,
+    *,
+    threads: int | None = None,
+    block: int | None = None,
+    resume: bool = False,
+    strict: bool = False,
+    progress: Callable[[Progress], None] = lambda progress: None,
+) -> Result:
+    """Carry out `plan`: write every output folder whole, or leave what is finished in `OUT.partial` for `resume`.
+
+    `strict` stops at the first non-finite number of an input. Raises StoppedError where the run cannot go on (the disk
+    is full, another run writes there), InputError where an input has changed or cannot be read, InterruptedRun on Ctrl-C.
+    """
+    from mergekit_lite.checkpoint.reader import Reader
+    from mergekit_lite.plan.lock import changed_inputs, changed_outputs, lock_text
+    from mergekit_lite.plan.order import GRAIN
+    from mergekit_lite.run.execute import Options, execute
+    from mergekit_lite.run.finish import complete, input_files, sha256_files, shard_digests
+    from mergekit_lite.run.start import open_run
+
+    began = time.perf_counter()
+    count = threads or default_threads()
+    inputs: dict[str, str] = {}
+    if plan.recipe.lock is not None:
+        inputs = sha256_files(input_files(plan), count)
+        problems = changed_inputs(plan.recipe, plan, inputs)
+        if problems:
+            raise RecipeError(problems)
+    options = Options(count, block or GRAIN, strict, progress)
+    with (
+        open_run(plan, resume) as (sink, journal, done),
+        Reader(s for c in plan.checkpoints.values() for s in c.shards) as reader,
+    ):
+        findings = execute(plan, reader, sink, journal, done, options)
+        sink.sync()
+        shards = shard_digests(plan, count)
+        inputs = inputs or sha256_files(input_files(plan), count)
+        complete(plan, lock_text(plan, inputs, shards))
+    return Result(
+        outputs=tuple(output.to for output in plan.outputs),
+        shards=shards,
+        seconds=time.perf_counter() - began,
+        bytes_read=findings.bytes_read,
+        bytes_written=plan.bytes_written,
+        resumed=findings.resumed,
+        nonfinite=findings.nonfinite,
+        overflow=findings.overflow,
+        changed=tuple(changed_outputs(plan.recipe, shards)),
+    )
+
+
+def merge_in_memory(
+    recipe: Recipe,
+    models: Mapping[str, Mapping[str, Tensor]],
+    *,
+    config: Mapping[str, Any] | None = None,
+    threads: int | None = None,
+    block: int | None = None,
+) -> dict[str, Tensor]:
+    """Merge state dicts without touching a disk: the recipe's only save, as a state dict on the CPU.
+
+    `models` gives a state dict for every model that the recipe uses, whatever location it names; `config` is a
+    config.json that tells the family, where layer depth or tied tensors matter. Same arithmetic, same bytes as `run`.
+    """
+    from mergekit_lite.checkpoint.memory import MemoryReader, memory_checkpoint
+    from mergekit_lite.plan.build import build_plan, used_models
+    from mergekit_lite.plan.order import GRAIN
+    from mergekit_lite.run.execute import Options, execute
+    from mergekit_lite.run.journal import Done
+    from mergekit_lite.run.sink import Memory
+
+    if len(recipe.saves) != 1:
+        raise RecipeError(Problem("in memory a recipe has one `save`", None, "keep one of them"))
+    missing = [name for name in used_models(recipe) if name not in models]
+    if missing:
+        marks = [recipe.models[name].mark for name in missing]
+        raise RecipeError(
+            [Problem(f"no state dict is given for `{n}`", m) for n, m in zip(missing, marks, strict=True)]
+        )
+    checkpoints = {name: memory_checkpoint(name, models[name], config or {}) for name in used_models(recipe)}
+    made = build_plan(recipe, checkpoints, threads=threads or 1, check_output=False, out=Path("memory"))
+    sink = Memory(made.outputs)
+    options = Options(threads or default_threads(), block or GRAIN)
+    execute(made, MemoryReader(models), sink, None, Done(), options)
+    return sink.tensors[0]

@@ -1,0 +1,150 @@
+"""Magnitudes as whole numbers, and windows of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Keys = NDArray[np.signedinteger]
+
+# By item size: the integer type of the bits, the mask that clears the sign, and the key that stands for every NaN, the
+# first one above infinity.
+_BITS = {4: (torch.int32, 0x7FFF_FFFF, 0x7F80_0001), 8: (torch.int64, 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0001)}
+_FLOATS = {4: np.float32, 8: np.float64}
+
+
+def keys_of(x: Tensor) -> Keys:
+    """The keys of a float32 or float64 tensor: the bits of |x| as int32 or int64, ordered as |x|, NaN at the top."""
+    integer, mask, _ = _BITS[x.itemsize]
+    keys: Keys = x.view(integer).bitwise_and(mask).cpu().numpy()
+    return keys
+
+
+def key_value(key: int, dtype: np.dtype[np.signedinteger]) -> float:
+    """The magnitude that `key` stands for."""
+    return float(np.array(key, dtype=dtype).view(_FLOATS[dtype.itemsize]))
+
+
+def matching(keys: Keys, key: int) -> NDArray[np.bool_]:
+    """Where `keys` are `key`; any NaN is the key of NaN."""
+    found: NDArray[np.bool_] = keys == key if key < _top(keys.dtype) else keys >= key
+    return found
+
+
+def _top(dtype: np.dtype[np.signedinteger]) -> int:
+    return _BITS[dtype.itemsize][2]
+
+
+class Window:
+    """The keys from `low` to `high`, both included (None: no end, every NaN counted as one key).
+
+    Gathers the keys that fall inside, and counts them in bins from the `limit`-th on. `guess` is a key inside that is
+    counted for each taker by itself. Safe to use from several threads.
+    """
+
+    def __init__(self, low: int, high: int | None, limit: int, guess: int | None = None):
+        self.low = low
+        self.high = high
+        self.guess = guess
+        self.count = 0
+        self.dtype: np.dtype[np.signedinteger] = np.dtype(np.int32)
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._gathered: list[Keys] = []
+        self._waiting = 0
+        self._bins: NDArray[np.int64] | None = None
+        self._shift = 0
+
+    def take(self, keys: Keys) -> tuple[int, int]:
+        """Take in `keys`; gives how many are above the window, and how many are `guess`."""
+        above = equal = 0
+        if self.low == self.high:
+            above = int(np.count_nonzero(keys > self.low))
+            equal = int(np.count_nonzero(keys >= self.low)) - above
+            with self._lock:
+                self.dtype = keys.dtype
+                self.count += equal
+            return above, equal
+        if self.high is None:
+            inside = np.minimum(keys[keys >= self.low] if self.low else keys, _top(keys.dtype))
+        else:
+            over = keys > self.high
+            above = int(np.count_nonzero(over))
+            inside = keys[(keys >= self.low) ^ over]
+        if self.guess is not None:
+            equal = int(np.count_nonzero(inside == self.guess))
+        with self._lock:
+            self.dtype = keys.dtype
+            self.count += len(inside)
+            self._gathered.append(inside)
+            self._waiting += len(inside)
+            if self._waiting > self._limit:
+                self._spill()
+        return above, equal
+
+    def find(self, rank: int) -> tuple[int, int | None, int, int]:
+        """Where the `rank`-th largest key of the window lies: (low, high, keys of the window above high, keys between).
+
+        low equals high where the key is known.
+        """
+        if self.low == self.high:
+            return self.low, self.low, 0, self.count
+        if self._bins is None:
+            keys = np.sort(np.concatenate(self._gathered))
+            key = int(keys[len(keys) - rank])
+            first, after = (int(np.searchsorted(keys, key, side)) for side in ("left", "right"))
+            return key, key, len(keys) - after, after - first
+        self._spill()
+        at_least = np.cumsum(self._bins[::-1])
+        place = int(np.searchsorted(at_least, rank))
+        number = len(self._bins) - 1 - place
+        low = self.low + (number << self._shift)
+        high = min(low + (1 << self._shift) - 1, self._end())
+        inside = int(self._bins[number])
+        return low, high, int(at_least[place]) - inside, inside
+
+    def _end(self) -> int:
+        return _top(self.dtype) if self.high is None else self.high
+
+    def _spill(self) -> None:
+        """Count the gathered keys in bins of 2**shift keys each."""
+        if self._bins is None:
+            span = self._end() - self.low + 1
+            while -(-span >> self._shift) > self._limit:
+                self._shift += 1
+            self._bins = np.zeros(((span - 1) >> self._shift) + 1, dtype=np.int64)
+        if self._gathered:
+            numbers = (np.concatenate(self._gathered) - self.low) >> self._shift
+            self._bins += np.bincount(numbers, minlength=len(self._bins))
+        self._gathered = []
+        self._waiting = 0
+
+
+class Estimate:
+    """What a sample tells of the keys of all tensors: `samples` are (number of entries, some of their keys)."""
+
+    def __init__(self, samples: Sequence[tuple[int, Keys]]):
+        keys = np.concatenate([keys for _, keys in samples])
+        weights = np.repeat([numel / len(keys) for numel, keys in samples], [len(keys) for _, keys in samples])
+        order = np.argsort(keys, kind="stable")[::-1]
+        self._keys = keys[order]
+        self._above = np.cumsum(weights[order])
+
+    def around(self, rank: int, bias: float) -> tuple[int, int, int | None]:
+        """(low, guess, high): the key at `rank` as the sample has it, and a window that holds the true one in all
+        likelihood: six standard errors and a share `bias` of all entries to both sides."""
+        total, sampled = float(self._above[-1]), len(self._keys)
+        share = min(1.0, rank / total)
+        margin = total * (bias + 6 * (share * (1 - share) / sampled) ** 0.5 + 2 / sampled)
+        low = self._at(rank + margin) if rank + margin < total else 0
+        high = self._at(rank - margin) if rank - margin > 0 else None
+        top = _top(self._keys.dtype)
+        return min(low, top), min(self._at(rank), top), None if high is None or high >= top else high
+
+    def _at(self, rank: float) -> int:
+        return int(self._keys[min(int(np.searchsorted(self._above, rank)), len(self._keys) - 1)])

@@ -1,0 +1,227 @@
+"""Recipe and headers become a plan. Every fault is found here, before a weight is read or a byte written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergekit_lite.checkpoint.meta import Checkpoint
+from mergekit_lite.errors import Problem, RecipeError
+from mergekit_lite.family.family import family_of
+from mergekit_lite.methods.registry import all_methods
+from mergekit_lite.methods.spec import Method
+from mergekit_lite.plan.check import check_places
+from mergekit_lite.plan.graph import Builder, Table
+from mergekit_lite.plan.layout import build_output
+from mergekit_lite.plan.model import Node, Output, Plan, StepView
+from mergekit_lite.plan.order import GRAIN, bytes_read, make_units, peak_bytes, walk
+from mergekit_lite.plan.settings import check_steps, constant
+from mergekit_lite.plan.stack import build_stack
+from mergekit_lite.plan.steps import Source, build_step
+from mergekit_lite.recipe.links import final_step, references, unused_steps
+from mergekit_lite.recipe.model import Recipe, Ref, Save, Step
+from mergekit_lite.recipe.value import Curve, Value
+from mergekit_lite.recipe.write import to_yaml
+
+# Part of the digest: a change of a kernel, a statistic or the random masks that changes bytes raises it.
+ARITHMETIC = 1
+
+
+def build_plan(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    *,
+    out: Path | None = None,
+    threads: int = 1,
+    block: int = GRAIN,
+    check_output: bool = True,
+) -> Plan:
+    """The plan of `recipe` over `checkpoints` (by model name, all that the recipe's steps and saves mention).
+
+    `out` replaces the output folder of the only save. `threads` and `block` (elements) change the memory at the peak,
+    never the result. Raises RecipeError with every fault that was found.
+    """
+    methods = all_methods()
+    problems = check_steps(recipe, methods)
+    if problems:
+        raise RecipeError(problems)
+    builder = Builder(recipe.seed)
+    tables = {name: model_table(builder, name, checkpoint) for name, checkpoint in checkpoints.items()}
+    views: list[StepView] = []
+    warnings: list[Problem] = []
+    for step in in_order(recipe):
+        found = _step(builder, step, methods, tables, problems)
+        if found is not None:
+            tables[step.name] = found
+            views.append(_view(step, found))
+            warnings += _remarks(step, methods[step.use])
+    outputs = _outputs(recipe, tables, checkpoints, out, check_output, problems)
+    if problems:
+        raise RecipeError(problems)
+    for name in unused_steps(recipe):
+        message = f"step `{name}` is used by nothing and will not run"
+        warnings.append(Problem(message, recipe.steps[name].mark, "save it or remove it"))
+    units = make_units(outputs)
+    pools = _used_pools(builder, outputs)
+    size = 8 if recipe.compute == "float64" else 4
+    return Plan(
+        recipe=recipe,
+        checkpoints=checkpoints,
+        steps=tuple(views),
+        outputs=outputs,
+        units=units,
+        pools=pools,
+        bytes_read=bytes_read(units, pools),
+        bytes_written=sum(output.nbytes for output in outputs),
+        peak_bytes=peak_bytes(units, pools, threads, block, size),
+        digest=_digest(recipe, outputs, checkpoints),
+        warnings=tuple(warnings),
+    )
+
+
+def model_table(builder: Builder, name: str, checkpoint: Checkpoint) -> Table:
+    """A checkpoint as a table. Where its configuration ties two tensors, only the canonical one takes part."""
+    family = family_of(checkpoint.config, checkpoint.tensors)
+    aliases = {alias for alias, canonical in family.tied if canonical in checkpoint.tensors}
+    metas = {key: meta for key, meta in checkpoint.tensors.items() if key not in aliases}
+    return Table(
+        space="weight",
+        nodes={key: builder.load(meta) for key, meta in metas.items()},
+        dtypes={key: meta.dtype for key, meta in metas.items()},
+        donor=name,
+        config=checkpoint.config,
+        family=family,
+        quantized="quantization_config" in checkpoint.config,
+    )
+
+
+def in_order(recipe: Recipe) -> list[Step]:
+    """The steps that lead to a save, inputs before users. The reader has made sure that there are no cycles."""
+    ordered: dict[str, Step] = {}
+
+    def visit(name: str) -> None:
+        if name in recipe.steps and name not in ordered:
+            for ref in references(recipe.steps[name]):
+                visit(ref.name)
+            ordered[name] = recipe.steps[name]
+
+    for save in recipe.saves:
+        visit(saved_name(recipe, save))
+    return list(ordered.values())
+
+
+def saved_name(recipe: Recipe, save: Save) -> str:
+    """The step or model that a save writes."""
+    return save.step.name if save.step else final_step(recipe)
+
+
+def used_models(recipe: Recipe) -> list[str]:
+    """The models that the saves need, in the order of the recipe."""
+    names = {ref.name for step in in_order(recipe) for ref in references(step)}
+    names |= {saved_name(recipe, save) for save in recipe.saves}
+    return [name for name in recipe.models if name in names]
+
+
+def _step(
+    builder: Builder, step: Step, methods: Mapping[str, Method], tables: Mapping[str, Table], problems: list[Problem]
+) -> Table | None:
+    """The step's table; None where an input of it has failed, whose faults are known already."""
+    if any(ref.name not in tables for ref in references(step)):
+        return None
+    method = methods[step.use]
+
+    def source(ref: Ref) -> Source:
+        return Source(ref.name, ref.mark, tables[ref.name])
+
+    sources = [source(item.ref) for item in step.of]
+    if method.reach == "structure":
+        table, found = build_stack(step, sources, source(step.rest) if step.rest else None)
+    else:
+        base = source(step.base) if step.base else None
+        table, found = build_step(builder, step, method, sources, base, methods["delta"], methods["add"])
+    problems += found
+    return None if found else table
+
+
+def _outputs(
+    recipe: Recipe,
+    tables: Mapping[str, Table],
+    checkpoints: Mapping[str, Checkpoint],
+    out: Path | None,
+    check_output: bool,
+    problems: list[Problem],
+) -> tuple[Output, ...]:
+    outputs: list[Output] = []
+    places = []
+    text = to_yaml(recipe)
+    for save in recipe.saves:
+        step = saved_name(recipe, save)
+        to = str(out) if out is not None else save.to
+        if to is None:
+            problems.append(Problem("no output folder is named", save.mark, "give `to` under `save`, or `--out DIR`"))
+            continue
+        places.append((save, Path(to)))
+        table = tables.get(step)
+        if table is None:
+            continue
+        if table.space != "weight":
+            hint = "add it to its base first: `use: add`"
+            problems.append(Problem(f"`{step}` is a delta, not a model to save", save.mark, hint))
+        elif not table.nodes:
+            problems.append(Problem(f"`{step}` has no tensors", save.mark, "look at its inputs with `merge inspect`"))
+        else:
+            outputs.append(build_output(to, step, table, save.dtype, save.shard, text))
+    if check_output:
+        problems += check_places(places, checkpoints)
+    return tuple(outputs)
+
+
+def _used_pools(builder: Builder, outputs: Sequence[Output]) -> dict[str, tuple[Node, ...]]:
+    """The shared statistics that the outputs need."""
+    needed = {n.pool for n in walk(t.node for o in outputs for t in o.tensors) if n.pool}
+    return {pool: tuple(members) for pool, members in builder.pools.items() if pool in needed}
+
+
+def _remarks(step: Step, method: Method) -> list[Problem]:
+    """Warnings about settings that are the same for all tensors."""
+    params = constant(step, method)
+    text = method.remark(params, len(step.of)) if method.remark and params is not None else None
+    return [Problem(text, step.use_mark)] if text else []
+
+
+def _view(step: Step, table: Table) -> StepView:
+    shown = {name: _shown(value) for name, value in step.params.items()}
+    inputs = tuple(item.ref.name for item in step.of)
+    extra = tuple(ref.name for ref in (step.base, step.rest) if ref is not None)
+    base = step.base.name if step.base else None
+    return StepView(step.name, step.use, inputs, base, table.space, len(table.nodes), shown, (*inputs, *extra))
+
+
+def _shown(value: Value) -> str:
+    def one(part: Any) -> str:
+        return f"across {list(part.points)}" if isinstance(part, Curve) else str(part)
+
+    if len(value.rules) == 1 and value.rules[0].glob is None:
+        return one(value.rules[0].value)
+    return ", ".join(f"{rule.glob or 'else'}: {one(rule.value)}" for rule in value.rules)
+
+
+def _digest(recipe: Recipe, outputs: Sequence[Output], checkpoints: Mapping[str, Checkpoint]) -> str:
+    """SHA-256 over all that decides the bytes: how each tensor is computed, from what, and where it goes."""
+    inputs = {file.path: (file.nbytes, file.header_sha256) for c in checkpoints.values() for file in c.shards}
+    names: dict[int, str] = {}
+    for node in walk(t.node for o in outputs for t in o.tensors):
+        if node.load is not None:
+            what: list[Any] = ["load", inputs.get(node.load.file), node.load.name, node.load.dtype]
+        else:
+            assert node.method is not None
+            below = [names[n.id] for n in node.inputs]
+            what = [node.method.name, node.params, below, node.key, node.pool, node.pool_index]
+        names[node.id] = hashlib.sha256(json.dumps([*what, node.shape]).encode()).hexdigest()
+    files = [
+        [[s.file, s.header.hex(), [[t.start, names[t.node.id]] for t in s.tensors]] for s in o.shards] for o in outputs
+    ]
+    return hashlib.sha256(json.dumps([ARITHMETIC, GRAIN, recipe.compute, files]).encode()).hexdigest()

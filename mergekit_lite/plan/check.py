@@ -1,0 +1,38 @@
+"""What must hold before anything is written: where outputs may lie, and room for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mergekit_lite.checkpoint.meta import Checkpoint
+from mergekit_lite.errors import Mark, Problem
+from mergekit_lite.recipe.model import Save
+
+
+def check_places(saves: Sequence[tuple[Save, Path]], checkpoints: Mapping[str, Checkpoint]) -> list[Problem]:
+    """Faults of the output folders: inside an input, or over something that the user has."""
+    problems: list[Problem] = []
+    for save, to in saves:
+        target = to.resolve()
+        for checkpoint in checkpoints.values():
+            folder = checkpoint.folder.resolve() if checkpoint.folder else None
+            if folder is not None and (target == folder or folder in target.parents):
+                message = f"the output `{to}` lies inside the input `{checkpoint.location}`"
+                problems.append(Problem(message, save.mark, "choose a folder outside the inputs"))
+                break
+        else:
+            problems += _occupied(to, save.mark)
+    return problems
+
+
+def _occupied(to: Path, mark: Mark) -> list[Problem]:
+    for parent in to.parents:
+        if parent.exists() and not parent.is_dir():
+            return [Problem(f"the output `{to}` lies below a file: `{parent}`", mark, "choose another folder")]
+    if to.is_symlink() or (to.exists() and not to.is_dir()):
+        return [Problem(f"the output `{to}` exists and is not a folder", mark, "choose another folder")]
+    if to.is_dir() and any(to.iterdir()):
+        hint = "choose another folder, or move that one away: nothing is ever overwritten"
+        return [Problem(f"the output folder `{to}` exists and is not empty", mark, hint)]
+    return []

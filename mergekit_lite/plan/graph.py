@@ -1,0 +1,100 @@
+"""Nodes made once: equal computations become one node, and a call that changes nothing becomes its input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergekit_lite.checkpoint.meta import TensorMeta
+from mergekit_lite.family.family import Family
+from mergekit_lite.methods.random import derive_key
+from mergekit_lite.methods.spec import Call, Slot
+from mergekit_lite.plan.model import Node
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A model or the result of a step, tensor by tensor, in the order of the checkpoint it descends from.
+
+    `space` is `weight` or `delta`; `dtypes` are the stored dtypes (safetensors codes) that a save without `dtype` keeps.
+    `donor` is the model that gives configuration and tokenizer, `config` its config.json with a change of depth applied.
+    `quantized` tells that the numbers are codes that need scales, fit for copying only.
+    """
+
+    space: str
+    nodes: Mapping[str, Node]
+    dtypes: Mapping[str, str]
+    donor: str
+    config: Mapping[str, Any]
+    family: Family
+    quantized: bool = False
+
+
+class PoolConflict(Exception):
+    """Tensors that share a statistic over the whole model have different settings."""
+
+
+@dataclass
+class Builder:
+    """Makes the nodes of one plan."""
+
+    seed: int
+    pools: dict[str, list[Node]] = field(default_factory=dict)
+    _known: dict[Any, Node] = field(default_factory=dict)
+
+    def load(self, meta: TensorMeta) -> Node:
+        """The node that reads a tensor of a checkpoint."""
+        return self._node(("load", meta.file, meta.name), shape=meta.shape, step="", load=meta)
+
+    def call(
+        self, call: Call | Slot, inputs: Sequence[Node], names: Sequence[str], step: str, tensor: str, path: str = ""
+    ) -> Node:
+        """The node of a tree of calls over `inputs`, whose entries are called `names` (they key the randomness).
+
+        `path` is the place in the tree: it tells the shared statistics of one step apart.
+        """
+        if isinstance(call, Slot):
+            return inputs[call.index]
+        method, params = call.method, dict(call.params)
+        below = [self.call(c, inputs, names, step, tensor, f"{path}.{i}") for i, c in enumerate(call.inputs)]
+        picked = method.pick(params, len(below)) if method.pick else None
+        if picked is not None:
+            return below[picked]
+        pool = f"{step}:{method.name}{path}" if method.reach_of(params) == "pooled" else None
+        used = "+".join(names[i] for i in slots(call))
+        key = derive_key(self.seed, step, method.name, used, tensor) if method.positioned else 0
+        identity = (method.name, call.params, tuple(n.id for n in below), key, pool)
+        known = self._known.get(identity)
+        if known is not None:
+            return known
+        members = self.pools.setdefault(pool, []) if pool else []
+        if members and members[0].params != call.params:
+            raise PoolConflict(f"`{method.name}`")
+        node = self._node(
+            identity,
+            shape=below[0].shape,
+            step=step,
+            method=method,
+            inputs=tuple(below),
+            params=call.params,
+            key=key,
+            pool=pool,
+            pool_index=len(members),
+        )
+        if pool:
+            members.append(node)
+        return node
+
+    def _node(self, identity: Any, **fields: Any) -> Node:
+        known = self._known.get(identity)
+        if known is None:
+            known = self._known[identity] = Node(id=len(self._known), **fields)
+        return known
+
+
+def slots(call: Call | Slot) -> list[int]:
+    """Which inputs a tree of calls reads, each once, in order."""
+    if isinstance(call, Slot):
+        return [call.index]
+    return list(dict.fromkeys(i for below in call.inputs for i in slots(below)))

@@ -1,0 +1,82 @@
+"""`recipe.lock.yaml`: the recipe as it ran, with what went in and what came out. A lock is a recipe again."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergekit_lite.errors import Problem
+from mergekit_lite.plan.model import Plan
+from mergekit_lite.recipe.model import Recipe
+from mergekit_lite.recipe.write import to_yaml
+
+NAME = "recipe.lock.yaml"
+
+
+def lock_text(plan: Plan, inputs: Mapping[str, str], shards: Mapping[str, Mapping[str, str]]) -> str:
+    """The lock of a finished run. `inputs` gives the SHA-256 of every input file by path, `shards` that of every output
+    shard by output folder and file name."""
+    recipe = plan.recipe
+    pinned = {name: replace(model, revision=plan.checkpoints[name].revision) for name, model in recipe.models.items() if name in plan.checkpoints}  # fmt: skip
+    head = to_yaml(replace(recipe, models={**recipe.models, **pinned}))
+    lock: dict[str, Any] = {
+        "made_with": {name: version(name) for name in ("mergekit_lite", "torch", "safetensors")} | {"python": platform.python_version()},
+        "plan": plan.digest,
+        "set": list(recipe.overrides),
+        "inputs": {
+            name: [
+                {"file": Path(file.path).name, "bytes": file.nbytes, "sha256": inputs[file.path]}
+                for file in checkpoint.shards
+            ]
+            for name, checkpoint in plan.checkpoints.items()
+        },
+        "outputs": [
+            {
+                "to": output.to,
+                "shards": [
+                    {"file": s.file, "bytes": s.nbytes, "sha256": shards[output.to][s.file]} for s in output.shards
+                ],
+            }
+            for output in plan.outputs
+        ],
+    }  # fmt: skip
+    return head + "\n# What this run read and wrote. `merge run` on this file makes the same bytes or says what changed.\n" + yaml.safe_dump(
+        {"lock": lock}, sort_keys=False, width=120
+    )  # fmt: skip
+
+
+def version(distribution: str) -> str:
+    """The installed version of a distribution, or `unknown` where it runs uninstalled."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def changed_inputs(recipe: Recipe, plan: Plan, inputs: Mapping[str, str]) -> list[Problem]:
+    """What differs between the inputs and what the recipe's lock says of them; nothing where there is no lock."""
+    problems: list[Problem] = []
+    for name, files in (recipe.lock or {}).get("inputs", {}).items():
+        checkpoint = plan.checkpoints.get(name)
+        now = {Path(f.path).name: inputs[f.path] for f in checkpoint.shards} if checkpoint else {}
+        for file in files:
+            if now.get(file["file"]) != file["sha256"]:
+                what = "has other content than" if file["file"] in now else "is missing, unlike"
+                hint = "restore it, or remove the `lock` part to merge what is there now"
+                problems.append(Problem(f"`{file['file']}` of `{name}` {what} when the lock was made", None, hint))
+    return problems
+
+
+def changed_outputs(recipe: Recipe, shards: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Output files whose bytes differ from what the recipe's lock says."""
+    then = [(s["file"], s["sha256"]) for output in (recipe.lock or {}).get("outputs", []) for s in output["shards"]]
+    now = [(file, sha256) for files in shards.values() for file, sha256 in files.items()]
+    if not then:
+        return []
+    return [file for file, sha256 in now if (file, sha256) not in then]

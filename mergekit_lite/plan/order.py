@@ -1,0 +1,116 @@
+"""What is done in which order, and what it costs: units of work, bytes to read, memory at the peak."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from mergekit_lite.checkpoint.meta import DTYPE_BITS
+from mergekit_lite.plan.model import Node, Output, OutTensor, Unit
+
+GRAIN = 1 << 16  # elements over which a statistic is summed at once; part of what defines the output's bytes
+SEGMENT = 1 << 24  # elements of one unit where a tensor can be cut: a unit is what a stopped run may have to redo
+COPY_BLOCK = 1 << 22  # bytes that a passthrough tensor is copied in
+ROUNDS = 3  # passes over the inputs that a measured node usually takes besides the last one
+
+
+def walk(roots: Iterable[Node]) -> Iterator[Node]:
+    """Every node below `roots`, inputs before users, each once."""
+    seen: set[int] = set()
+    stack = [(node, False) for node in reversed(list(roots))]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            yield node
+        elif node.id not in seen:
+            seen.add(node.id)
+            stack.append((node, True))
+            stack += [(below, False) for below in reversed(node.inputs)]
+
+
+def reach_of(node: Node) -> str:
+    """How a node may be computed; a load is element-wise."""
+    return "element" if node.method is None else node.method.reach_of(dict(node.params))
+
+
+def grain_of(nodes: Iterable[Node]) -> int:
+    """How many elements the nodes' blocks are made of: whole rows where a method needs them, the whole tensor where
+    one needs that, a fixed number otherwise. The same in every run, since sums are formed grain by grain."""
+    grain = 1
+    for node in nodes:
+        reach = reach_of(node)
+        if reach == "matrix":
+            return max(1, node.numel)
+        if reach == "row" and node.method is not None:
+            grain = math.lcm(grain, row_length(node))
+    return grain * max(1, GRAIN // grain)
+
+
+def row_length(node: Node) -> int:
+    """Elements of one row: the last axis, or all axes after the first, as the method says."""
+    if not node.shape or node.method is None:
+        return 1
+    length = node.shape[-1] if node.method.row_axis == "last" else math.prod(node.shape[1:])
+    return max(1, length)
+
+
+def make_units(outputs: Sequence[Output]) -> tuple[Unit, ...]:
+    """The work in the order of the files. Tensors of one name and shape go together, so that saves that share results
+    compute them once; large tensors are cut where no statistic ties them together."""
+    together: dict[tuple[str, tuple[int, ...], bool], list[tuple[int, OutTensor]]] = {}
+    for number, output in enumerate(outputs):
+        for tensor in output.tensors:
+            together.setdefault((tensor.name, tensor.shape, tensor.copied), []).append((number, tensor))
+    units: list[Unit] = []
+    for (name, shape, copied), targets in together.items():
+        numel = math.prod(shape)
+        nodes = list(walk(t.node for _, t in targets))
+        whole = not copied and any(reach_of(n) in ("measured", "matrix") for n in nodes)
+        grain = grain_of(nodes)
+        step = numel if whole else max(grain, SEGMENT // grain * grain)
+        cuts = [*range(0, numel, step), numel] if numel and step else [0, numel]
+        for start, stop in zip(cuts, cuts[1:], strict=False):
+            units.append(Unit(len(units), name, start, stop, tuple(targets)))
+    return tuple(units)
+
+
+def bytes_read(units: Sequence[Unit], pools: Mapping[str, Sequence[Node]]) -> int:
+    """Bytes read in all passes; the number of passes of a measured node is what it usually is."""
+    total = 0
+    for unit in units:
+        total += sum(load_bytes(n, unit.stop - unit.start) for n in walk(t.node for _, t in unit.targets))
+        measured = [n for n in walk(t.node for _, t in unit.targets) if reach_of(n) == "measured"]
+        if measured:
+            total += ROUNDS * sum(load_bytes(n, unit.stop - unit.start) for n in walk(measured))
+    for members in pools.values():
+        total += ROUNDS * sum(load_bytes(n, n.numel) for n in walk(members))
+    return total
+
+
+def load_bytes(node: Node, numel: int) -> int:
+    """Stored bytes of `numel` elements of a loaded tensor; 0 for other nodes."""
+    return 0 if node.load is None else numel * DTYPE_BITS[node.load.dtype] // 8
+
+
+def peak_bytes(units: Sequence[Unit], pools: Mapping[str, Sequence[Node]], threads: int, block: int, size: int) -> int:
+    """Anonymous memory of the blocks at work: the costliest unit, once per thread. `block` is in elements, `size` the
+    bytes of one element in the compute dtype."""
+    worst = COPY_BLOCK
+    for unit in units:
+        worst = max(worst, _block_bytes(list(walk(t.node for _, t in unit.targets)), block, size))
+    for members in pools.values():
+        for node in members:
+            worst = max(worst, _block_bytes(list(walk([node])), block, size))
+    return worst * threads
+
+
+def _block_bytes(nodes: Sequence[Node], block: int, size: int) -> int:
+    grain = grain_of(nodes)
+    numel = max(n.numel for n in nodes)
+    elements = min(numel, max(grain, block // grain * grain))
+    # Every node's block lives until the block is done; a stored block, and room for the temporaries of one kernel.
+    blocks = elements * size * (len(nodes) + 4)
+    # A row or matrix method sorts: values, indices and a copy.
+    sorting = elements * 24 if any(reach_of(n) in ("row", "matrix") for n in nodes) else 0
+    counters = sum(1 << 20 for n in nodes if reach_of(n) in ("measured", "pooled"))
+    return blocks + sorting + counters

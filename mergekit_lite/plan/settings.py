@@ -1,0 +1,133 @@
+"""The recipe's steps held against the methods they use: names, counts, settings, ranges. No tensor, no file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mergekit_lite.errors import Mark, Problem, suggest
+from mergekit_lite.methods.spec import Method, Param
+from mergekit_lite.recipe.model import Recipe, Step
+from mergekit_lite.recipe.value import NO_VALUE, Value
+
+
+def check_steps(recipe: Recipe, methods: Mapping[str, Method]) -> list[Problem]:
+    """Every fault of the recipe's steps that shows without a checkpoint."""
+    problems: list[Problem] = []
+    for step in recipe.steps.values():
+        method = methods.get(step.use)
+        if method is None:
+            hint = suggest(step.use, [m.name for m in methods.values() if m.public])
+            problems.append(Problem(f"there is no method `{step.use}`", step.use_mark, hint))
+        else:
+            problems += [
+                *_inputs(step, method),
+                *_base(step, method),
+                *(_settings(step, method) or _together(step, method)),
+            ]
+    return problems
+
+
+def _together(step: Step, method: Method) -> list[Problem]:
+    """What is wrong with the settings taken together, where they are the same for all tensors."""
+    params = constant(step, method)
+    fault = method.check(params, len(step.of)) if method.check and params is not None else None
+    return [Problem(fault, step.use_mark, f"`merge methods {method.name}` explains it")] if fault else []
+
+
+def constant(step: Step, method: Method) -> dict[str, Any] | None:
+    """The settings of `step`, per-input ones as tuples, or None where one differs from tensor to tensor."""
+    values = [*step.params.values(), *(value for item in step.of for value in item.params.values())]
+    return resolve(step, method, "", None) if all(value.constant for value in values) else None
+
+
+def _inputs(step: Step, method: Method) -> list[Problem]:
+    low, high = method.inputs
+    count = len(step.of)
+    if count >= low and (high is None or count <= high):
+        return []
+    wanted = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
+    plural = "" if wanted == "1" else "s"
+    message = f"`{method.name}` takes {wanted} input{plural} in `of`, here are {count}"
+    return [Problem(message, step.use_mark, f"`merge methods {method.name}` explains it")]
+
+
+def _base(step: Step, method: Method) -> list[Problem]:
+    problems: list[Problem] = []
+    if step.base is None and method.base == "required" and method.surrounds:
+        return problems  # Deltas may come from other steps: spaces are checked when they are known.
+    if step.base is None and method.base == "required":
+        message = f"`{method.name}` needs a `base`"
+        problems.append(Problem(message, step.use_mark, "name the model that the others were fine-tuned from"))
+    if step.base is not None and method.base == "no":
+        problems.append(Problem(f"`{method.name}` takes no `base`", step.base.mark, "remove it, or use another method"))
+    if step.rest is not None and method.reach != "structure":
+        problems.append(Problem(f"`{method.name}` takes no `rest`", step.rest.mark, "only `stack` does"))
+    return problems
+
+
+def _settings(step: Step, method: Method) -> list[Problem]:
+    problems: list[Problem] = []
+    listing = f"`merge methods {method.name}` lists them all"
+    given = [(name, value, False) for name, value in step.params.items()]
+    given += [(name, value, True) for item in step.of for name, value in item.params.items()]
+    for name, value, beside_input in given:
+        param = method.param(name)
+        allowed = [p.name for p in (method.per_input if beside_input else method.params)]
+        if param is None or (beside_input and not param.per_input):
+            kind = "per-input setting" if beside_input else "setting"
+            hint = suggest(name, allowed) if allowed else None
+            hint = f"{hint} {listing}" if hint and "did you mean" in hint else hint or listing
+            problems.append(Problem(f"`{method.name}` has no {kind} `{name}`", _key_mark(value), hint))
+            continue
+        for scalar, mark in value.scalars():
+            fault = _fault(param, scalar)
+            if fault:
+                problems.append(Problem(fault, mark, f"{param.help}; {listing}"))
+    for param in method.params:
+        missing = [item for item in step.of if param.name not in item.params]
+        if param.required and param.name not in step.params and (not param.per_input or missing):
+            where = f"beside `{missing[0].ref.name}` or under `with`" if param.per_input else "under `with`"
+            message = f"`{method.name}` needs `{param.name}` ({param.range_text()}) {where}"
+            problems.append(Problem(message, step.use_mark, f"{param.help}; {listing}"))
+    return problems
+
+
+def _fault(param: Param, scalar: Any) -> str | None:
+    if isinstance(scalar, tuple) and param.kind != "layers":
+        return f"`{param.name}` is one value, not a list"
+    return param.fault(scalar)
+
+
+def _key_mark(value: Value) -> Mark:
+    return value.key_mark or value.mark
+
+
+class Unset(Exception):
+    """No rule of a setting applies to a tensor; `param` is the setting, `mark` where it stands."""
+
+    def __init__(self, param: str, mark: Mark):
+        super().__init__(param)
+        self.param = param
+        self.mark = mark
+
+
+def resolve(step: Step, method: Method, name: str, depth: float | None) -> dict[str, Any]:
+    """The settings of `step` for tensor `name`: per-input ones as tuples. Raises `Unset` where globs leave a gap."""
+
+    def at(param: Param, value: Value | None) -> Any:
+        if value is None:
+            return param.default
+        found = value.at(name, depth)
+        if found is NO_VALUE:
+            raise Unset(param.name, value.mark)
+        return float(found) if param.kind == "number" and isinstance(found, int) else found
+
+    settings: dict[str, Any] = {}
+    for param in method.params:
+        common = step.params.get(param.name)
+        if param.per_input:
+            settings[param.name] = tuple(at(param, item.params.get(param.name, common)) for item in step.of)
+        else:
+            settings[param.name] = at(param, common)
+    return settings

@@ -1,0 +1,216 @@
+"""One step at a time: the tables of its inputs become the table of its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from mergekit_lite.checkpoint.meta import MERGEABLE
+from mergekit_lite.errors import Mark, Problem
+from mergekit_lite.methods.registry import expand
+from mergekit_lite.methods.spec import Call, Method, Slot
+from mergekit_lite.plan.graph import Builder, PoolConflict, Table
+from mergekit_lite.plan.model import Node
+from mergekit_lite.plan.settings import Unset, resolve
+from mergekit_lite.recipe.model import Step
+
+SHOWN = 3  # tensor names that one finding lists before it only counts
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One input of a step: the name it is mentioned by, where, and its table."""
+
+    name: str
+    mark: Mark
+    table: Table
+
+
+class Faults:
+    """Findings about many tensors, gathered by kind so that a hundred tensors give one message."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, Mark, str | None], list[str]] = {}
+
+    def add(self, message: str, mark: Mark, hint: str | None, tensor: str) -> None:
+        self._found.setdefault((message, mark, hint), []).append(tensor)
+
+    def problems(self) -> list[Problem]:
+        """One problem a kind: the message with the first tensors it holds for."""
+        return [
+            Problem(f"{message}: {listed(names)}", mark, hint) for (message, mark, hint), names in self._found.items()
+        ]
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a, b, c and 7 more`."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(f"`{name}`" for name in names[:SHOWN]) + more
+
+
+def build_step(
+    builder: Builder,
+    step: Step,
+    method: Method,
+    sources: Sequence[Source],
+    base: Source | None,
+    delta: Method,
+    add: Method,
+) -> tuple[Table, list[Problem]]:
+    """The result of `step` and what is wrong with it. `delta` and `add` are the methods of these names, which go around
+    a delta method that has a base."""
+    problems = _space_faults(step, method, sources, base)
+    lead = base or sources[0]
+    empty = replace(lead.table, nodes={}, space=_space(method, sources, base))
+    if problems:
+        return empty, problems
+
+    faults = Faults()
+    nodes: dict[str, Node] = {}
+    dtypes: dict[str, str] = {}
+    for name, given in _aligned(step, sources, base, faults):
+        owner = next(s.table for s in (lead, *sources) if name in s.table.nodes)
+        dtypes[name] = owner.dtypes[name]
+        if given is None or dtypes[name] not in MERGEABLE:
+            nodes[name] = owner.nodes[name]
+            continue
+        if _unfit(name, given, sources, base, faults):
+            continue
+        try:
+            params = resolve(step, method, name, lead.table.family.depth(name))
+        except Unset as gap:
+            faults.add(f"no rule of `{gap.param}` applies to", gap.mark, "add an `else` to it", name)
+            continue
+        fault = method.check(params, len(sources)) if method.check else None
+        if fault:
+            faults.add(f"{fault} In", step.use_mark, f"`merge methods {method.name}` explains it", name)
+            continue
+        call = _wrapped(expand(method, len(sources), params), method, sources, base, delta, add)
+        try:
+            nodes[name] = builder.call(call, given, _labels(sources, base), step.name, name)
+        except PoolConflict as conflict:
+            message = f"{conflict} measures all tensors at once, so its settings cannot differ between tensors"
+            faults.add(message, step.use_mark, "use `scope: tensor`, or one value without globs and curves", name)
+    return replace(empty, nodes=nodes, dtypes=dtypes), faults.problems()
+
+
+def _labels(sources: Sequence[Source], base: Source | None) -> list[str]:
+    """The inputs' names, `a`, `b`, `a#2` where a name comes twice: they key the random masks."""
+    seen: dict[str, int] = {}
+    labels = []
+    for source in (*sources, *([base] if base else [])):
+        seen[source.name] = seen.get(source.name, 0) + 1
+        labels.append(source.name if seen[source.name] == 1 else f"{source.name}#{seen[source.name]}")
+    return labels
+
+
+def _space(method: Method, sources: Sequence[Source], base: Source | None) -> str:
+    if method.surrounds:
+        return "weight" if base else "delta"
+    return sources[0].table.space if method.gives == "same" else method.gives
+
+
+def _space_faults(step: Step, method: Method, sources: Sequence[Source], base: Source | None) -> list[Problem]:
+    problems: list[Problem] = []
+    if base is not None and base.table.space != "weight":
+        hint = "a base is a model, or a step that gives a whole model"
+        problems.append(Problem(f"`{base.name}` is a delta and cannot be a base", base.mark, hint))
+    for source in sources:
+        space = source.table.space
+        if method.takes == "delta" and space == "weight" and not (method.surrounds and base):
+            hint = f"give `{step.name}` a `base`, or take the delta first: `use: delta`"
+            problems.append(
+                Problem(f"`{method.name}` takes deltas, `{source.name}` is a whole model", source.mark, hint)
+            )
+        elif method.takes == "weight" and space == "delta":
+            hint = "add it to its base first: `use: add`"
+            problems.append(
+                Problem(f"`{method.name}` takes whole models, `{source.name}` is a delta", source.mark, hint)
+            )
+        elif method.takes == "same" and space != sources[0].table.space:
+            message = f"`{source.name}` is a {space}, `{sources[0].name}` is a {sources[0].table.space}"
+            hint = "a method works on whole models or on deltas, not on both: `use: delta` and `use: add` lead across"
+            problems.append(Problem(message, source.mark, hint))
+        if source.table.quantized and method.reach != "structure":
+            hint = "save it in bfloat16 first (transformers: `model.dequantize()`), then merge"
+            problems.append(Problem(f"`{source.name}` is quantised: its numbers are codes", source.mark, hint))
+    return problems
+
+
+def _aligned(
+    step: Step, sources: Sequence[Source], base: Source | None, faults: Faults
+) -> Iterator[tuple[str, list[Node] | None]]:
+    """Every tensor name of the result with its inputs in order (the base last), None where it is kept as it is."""
+    everyone = [*([base] if base else []), *sources]
+    names = dict.fromkeys(name for source in everyone for name in source.table.nodes)
+    for name in names:
+        lacking = [source for source in everyone if name not in source.table.nodes]
+        if not lacking:
+            nodes = [source.table.nodes[name] for source in sources]
+            yield name, [*nodes, *([base.table.nodes[name]] if base else [])]
+        elif step.missing == "skip":
+            continue
+        elif step.missing == "base" and base is not None and name in base.table.nodes:
+            yield name, None
+        elif step.missing == "zero_delta" and base is not None and name in base.table.nodes:
+            spare = base.table.nodes[name]
+            yield name, [*(source.table.nodes.get(name, spare) for source in sources), spare]
+        else:
+            for source in lacking:
+                hint = _missing_hint(step, base, source)
+                faults.add(f"`{source.name}` lacks tensors that others of `{step.name}` have", source.mark, hint, name)
+
+
+def _missing_hint(step: Step, base: Source | None, lacking: Source) -> str:
+    if base is None or lacking is base:
+        return "`missing: skip` in the step leaves such tensors out"
+    return "`missing: base` keeps the base's tensor, `zero_delta` takes the base for the model that lacks it, `skip` leaves it out"
+
+
+def _unfit(name: str, given: Sequence[Node], sources: Sequence[Source], base: Source | None, faults: Faults) -> bool:
+    """Whether the inputs of one tensor do not go together; says why to `faults`."""
+    everyone = [*sources, *([base] if base else [])]
+    lead = everyone[-1] if base else everyone[0]
+    shape = lead.table.nodes[name].shape if name in lead.table.nodes else given[-1].shape
+    unfit = False
+    for source, node in zip(everyone, given, strict=True):
+        stored = source.table.dtypes.get(name)
+        if node.shape != shape:
+            message = (
+                f"`{source.name}` and `{lead.name}` have different shapes ({_shape(node.shape)} and {_shape(shape)})"
+            )
+            hint = "only checkpoints of one architecture and one vocabulary can be merged"
+            faults.add(message, source.mark, hint, name)
+            unfit = True
+        elif stored is not None and stored not in MERGEABLE:
+            message = f"`{source.name}` stores as {stored} what `{lead.name}` stores as numbers to merge"
+            faults.add(message, source.mark, "are these checkpoints of one architecture?", name)
+            unfit = True
+    return unfit
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "a scalar"
+
+
+def _wrapped(
+    call: Call | Slot, method: Method, sources: Sequence[Source], base: Source | None, delta: Method, add: Method
+) -> Call | Slot:
+    """`call` over the step's inputs, with the base where the method wants it: around it, or as its last input."""
+    if base is None:
+        return call
+    last = Slot(len(sources))
+    if not method.surrounds:
+        if isinstance(call, Slot):
+            return call
+        return Call(call.method, (*call.inputs, last), call.params)
+    inputs: list[Call | Slot] = [
+        Slot(i) if source.table.space == "delta" else delta(Slot(i), last) for i, source in enumerate(sources)
+    ]
+    return add(_put(call, lambda slot: inputs[slot.index]), last)
+
+
+def _put(call: Call | Slot, place: Callable[[Slot], Call | Slot]) -> Call | Slot:
+    if isinstance(call, Slot):
+        return place(call)
+    return Call(call.method, tuple(_put(below, place) for below in call.inputs), call.params)

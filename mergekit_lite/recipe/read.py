@@ -1,0 +1,270 @@
+"""The native recipe language: text → `Recipe`. All structural faults of a recipe come at once.
+
+A location is `org/name[@revision]` (a Hub id, or a folder of that relative path) or any other path, which has no
+revision. A revision holds no `/` unless it starts with `refs/`. A reference is the name of a model or a step, or, where
+it holds `/`, a location in place: that makes a model whose name is the text itself. Such a text may also be a key of
+`models`, which then says where it lies; lock files pin revisions so.
+
+Methods are unknown here: the plan checks that `use` exists and that settings have sensible values.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from mergekit_lite.errors import InputError, Mark, Problem, RecipeError, did_you_mean, suggest
+from mergekit_lite.recipe import override
+from mergekit_lite.recipe.links import cycles, ends_of, final_step, mentions, no_single_end, unused_steps
+from mergekit_lite.recipe.lock import read_lock
+from mergekit_lite.recipe.model import Model, Recipe, Ref, Step
+from mergekit_lite.recipe.node import MapNode, Node, ScalarNode, describe
+from mergekit_lite.recipe.save import read_saves
+from mergekit_lite.recipe.source import MAX_BYTES, load
+from mergekit_lite.recipe.step import StepReader
+
+__all__ = ["final_step", "parse", "read_file", "unused_steps"]
+
+TOP_KEYS = ("version", "seed", "compute", "models", "steps", "save", "lock")
+COMPUTE = ("float32", "float64")
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_HUB_ID = re.compile(r"(?P<id>[^/@~.][^/@]*/[^/@]+)@(?P<revision>refs/.*|[^/]*)")
+
+
+def read_file(path: str | os.PathLike[str]) -> str:
+    """The text of the recipe file `path`, at most 1 MiB of UTF-8.
+
+    Raises InputError where the file is missing, a folder or unreadable, RecipeError where it is not such a text.
+    """
+    path = os.fspath(path)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise InputError(f"there is no recipe `{path}`", hint=_similar_file(path)) from None
+    except IsADirectoryError:
+        raise InputError(f"`{path}` is a folder, not a recipe", hint="name the YAML file in it") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"cannot read the recipe `{path}`: {reason}", hint="check its path and its rights") from None
+    if len(data) > MAX_BYTES:
+        hint = "a recipe is a page or two of YAML; is this another file?"
+        raise RecipeError(f"`{path}` is larger than {MAX_BYTES >> 20} MiB", hint=hint)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode("utf-8")
+        mark = Mark(path, before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1)
+        hint = "save the file as UTF-8" + (", not as UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "")
+        raise RecipeError(f"the byte 0x{data[error.start]:02x} is not UTF-8", mark=mark, hint=hint) from None
+
+
+def parse(text: str, file: str, overrides: Sequence[str] = ()) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe that `text` writes and everything wrong with it, in the order of the text.
+
+    `file` stands in the marks, `overrides` are `PATH=VALUE` settings that win over the text. None where no recipe can
+    be made. A recipe that comes with problems lacks the steps at fault and may refer to things that do not exist: it is
+    good for further checks only.
+    """
+    problems: list[Problem] = []
+    root = load(text, file, problems)
+    if root is None:
+        return None, problems
+    if not isinstance(root, MapNode):
+        hint = "a recipe starts with `version: 1` and has `steps`"
+        problems.append(Problem(f"a recipe is a mapping at its top, not {describe(root)}", root.mark, hint))
+        return None, problems
+    root = override.apply(root, overrides, problems)
+    if not any(key in TOP_KEYS for key in root.entries):
+        problems.append(_foreign(root))
+        return None, problems
+    recipe = _Reader(problems).read(root, text, file, tuple(overrides))
+    problems.sort(key=_place)
+    return recipe, problems
+
+
+def split_location(text: str) -> tuple[str, str | None]:
+    """`org/name@revision` as its two parts; any other text is a location without a revision."""
+    match = _HUB_ID.fullmatch(text)
+    return (match["id"], match["revision"]) if match else (text, None)
+
+
+class _Reader:
+    """Reads the sections of one recipe; `problems` collects what is wrong."""
+
+    def __init__(self, problems: list[Problem]):
+        self.problems = problems
+        self.models: dict[str, Model] = {}
+        self.names: set[str] = set()
+        self.refs: list[Ref] = []
+
+    def read(self, root: MapNode, text: str, file: str, overrides: tuple[str, ...]) -> Recipe:
+        for key, entry in root.entries.items():
+            if key not in TOP_KEYS:
+                self.add(f"a recipe has no key `{key}`", entry.mark, suggest(key, TOP_KEYS))
+        self.version(root)
+        seed = self.seed(root.get("seed"))
+        compute = self.compute(root.get("compute"))
+        models, step_nodes = self.section(root, "models"), self.section(root, "steps")
+        self.names = {*models, *step_nodes}
+        for name, (mark, node) in models.items():
+            self.model(name, mark, node)
+        lock_node = root.get("lock")
+        lock = None if lock_node is None else read_lock(lock_node, self.problems)
+        sound = len(self.problems)
+        steps: dict[str, Step] = {}
+        uses: dict[str, list[Ref]] = {}
+        for name, (mark, node) in step_nodes.items():
+            if name in models:
+                hint = f"the model is on line {models[name][0].line}; rename one of the two"
+                self.add(f"`{name}` names both a model and a step", mark, hint)
+            reader = StepReader(name, mark, self.ref, self.problems)
+            step = reader.read(node)
+            uses[name] = reader.uses
+            if step is not None:
+                steps[name] = step
+        steps_sound = len(self.problems) == sound
+        saves = tuple(read_saves(root.get("save"), root.mark, self.ref, self.problems))
+        self.missing()
+        self.cycles(uses)
+        if steps_sound and any(save.step is None for save in saves):
+            self.end(uses, steps, next(save.mark for save in saves if save.step is None))
+        return Recipe(self.models, steps, saves, seed, file, text, 1, compute, overrides, lock)
+
+    def add(self, message: str, mark: Mark, hint: str | None) -> None:
+        self.problems.append(Problem(message, mark, hint))
+
+    def version(self, root: MapNode) -> None:
+        node = root.get("version")
+        if node is None:
+            self.add("the recipe does not say its `version`", root.mark, "add `version: 1` as its first line")
+        elif not isinstance(node, ScalarNode) or node.value != 1 or type(node.value) is not int:
+            self.add(f"`version` must be 1, not {describe(node)}", node.mark, "this program reads `version: 1`")
+
+    def seed(self, node: Node | None) -> int:
+        if node is None:
+            return 0
+        value = node.value if isinstance(node, ScalarNode) else None
+        if type(value) is int and 0 <= value < 2**63:
+            return value
+        hint = "for example `seed: 7`"
+        self.add(f"`seed` must be a whole number from 0 to 2**63 - 1, not {describe(node)}", node.mark, hint)
+        return 0
+
+    def compute(self, node: Node | None) -> str:
+        if node is None:
+            return COMPUTE[0]
+        if isinstance(node, ScalarNode) and isinstance(node.value, str) and node.value in COMPUTE:
+            return node.value
+        self.add(f"`compute` must be float32 or float64, not {describe(node)}", node.mark, "leave it out for float32")
+        return COMPUTE[0]
+
+    def section(self, root: MapNode, key: str) -> dict[str, tuple[Mark, Node]]:
+        """The named parts of `models` or `steps`."""
+        node = root.get(key)
+        if node is None:
+            return {}
+        if not isinstance(node, MapNode):
+            example = "models: {base: org/base-7b}" if key == "models" else "steps: {merged: {use: linear, of: [a, b]}}"
+            self.add(f"`{key}` must map names to {key}, not be {describe(node)}", node.mark, f"for example `{example}`")
+            return {}
+        for name, entry in node.entries.items():
+            inline = key == "models" and "/" in name
+            if not inline and not NAME.fullmatch(name):
+                hint = "a name is letters, digits, `_`, `-` and `.`, and starts with a letter, a digit or `_`"
+                self.add(f"`{name}` cannot be the name of a {key[:-1]}", entry.mark, hint)
+        return {name: (entry.mark, entry.value) for name, entry in node.entries.items()}
+
+    def model(self, name: str, mark: Mark, node: Node) -> None:
+        value = node.value if isinstance(node, ScalarNode) else None
+        if isinstance(value, str) and value.strip():
+            self.locate(name, value, mark, node.mark)
+            return
+        hint = f"for example `{name}: org/name@revision` or `{name}: ./folder`"
+        self.add(f"a model must be a path or a Hub id, not {describe(node)}", node.mark, hint)
+
+    def locate(self, name: str, text: str, mark: Mark, place: Mark) -> None:
+        """Add the model that `text` locates; `place` is where it is written."""
+        location, revision = split_location(text)
+        if "\0" in text:
+            self.add("a path cannot hold the character U+0000", place, "check the escapes in this text")
+        elif revision == "":
+            self.add(
+                f"`{text}` has no revision after `@`", place, f"write `{location}`, or name a commit, tag or branch"
+            )
+        else:
+            self.models[name] = Model(name, location, revision, mark)
+
+    def ref(self, node: Node, what: str) -> Ref | None:
+        """The reference that `node` writes; `what` names it in a message."""
+        value = node.value if isinstance(node, ScalarNode) else None
+        if not isinstance(value, str) or not value.strip():
+            quote = f'; quotes make a name of it: `"{value}"`' if isinstance(value, int | float) else ""
+            self.add(
+                f"{what} must name a model or a step, not {describe(node)}", node.mark, f"for example `math`{quote}"
+            )
+            return None
+        if "/" in value and value not in self.names and value not in self.models:
+            self.locate(value, value, node.mark, node.mark)
+        ref = Ref(value, node.mark)
+        self.refs.append(ref)
+        return ref
+
+    def missing(self) -> None:
+        """Report every reference to a name that is neither a model nor a step."""
+        for ref in self.refs:
+            if "/" in ref.name or ref.name in self.names:
+                continue
+            near = did_you_mean(ref.name, self.names)
+            bare, at, _ = ref.name.partition("@")
+            if at and bare in self.names:
+                hint: str | None = (
+                    f"a revision belongs to the model's location: `models: {{{bare}: org/name@revision}}`"
+                )
+            elif not self.names:
+                hint = f"a path or Hub id holds a `/`: `./{ref.name}`"
+            else:
+                hint = (
+                    f"did you mean `{near}`?"
+                    if near
+                    else f"{suggest(ref.name, sorted(self.names))}; a path holds a `/`"
+                )
+            self.add(f"there is no model or step `{ref.name}`", ref.mark, hint)
+
+    def cycles(self, uses: dict[str, list[Ref]]) -> None:
+        for path in cycles({name: [ref.name for ref in refs] for name, refs in uses.items()}):
+            mark = next(ref.mark for ref in uses[path[0]] if ref.name == path[1])
+            self.add(
+                f"steps use one another in a circle: {' -> '.join(path)}", mark, "a step can use earlier results only"
+            )
+
+    def end(self, uses: dict[str, list[Ref]], steps: dict[str, Step], mark: Mark) -> None:
+        """Report a save without `step` where more or less than one step is unused by others."""
+        names = {name: [ref.name for ref in refs] for name, refs in uses.items()}
+        ends = ends_of(names, {name: mentions(step.params) for name, step in steps.items()})
+        if len(ends) != 1 and not (ends == [] and cycles(names)):
+            problem = no_single_end(ends, bool(steps), mark)
+            self.problems.append(problem)
+
+
+def _foreign(root: MapNode) -> Problem:
+    """The finding for a YAML file that has nothing of a recipe."""
+    keys = ", ".join(f"`{key}`" for key in list(root.entries)[:5])
+    hint = f"its keys are {keys}; a recipe starts with `version: 1` and has `steps`" if keys else None
+    return Problem("this is not a recipe: it has neither `models` nor `steps`", root.mark, hint)
+
+
+def _place(problem: Problem) -> tuple[bool, int, int]:
+    mark = problem.mark
+    return (True, 0, 0) if mark is None else (mark.file == override.FILE, mark.line, mark.column)
+
+
+def _similar_file(path: str) -> str:
+    folder = Path(path).parent
+    try:
+        near = did_you_mean(Path(path).name, sorted(entry.name for entry in folder.iterdir()))
+    except OSError:
+        return f"there is no folder `{folder}` that can be read either"
+    return f"did you mean `{folder / near}`?" if near else f"looked in the folder `{folder.resolve()}`"

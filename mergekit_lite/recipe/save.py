@@ -1,0 +1,122 @@
+"""The `save` section: which step goes to which folder, in which dtype, in files of which size."""
+
+from __future__ import annotations
+
+import os.path
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mergekit_lite.errors import Mark, Problem, suggest
+from mergekit_lite.recipe.model import Ref, Save
+from mergekit_lite.recipe.node import ListNode, MapNode, Node, ScalarNode, describe
+
+DEFAULT_SHARD = 5 * 10**9
+DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+SAVE_KEYS = ("step", "to", "dtype", "shard")
+_SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?) ?([A-Za-z]{1,3})")
+_MAX_PATH = 4096
+_EXAMPLE = "for example `save: {to: out/merged, dtype: bfloat16}`"
+_DTYPE_HINT = f"one of {', '.join(f'`{name}`' for name in DTYPES)}"
+
+
+def read_saves(
+    node: Node | None, top: Mark, read_ref: Callable[[Node, str], Ref | None], problems: list[Problem]
+) -> list[Save]:
+    """The saves that `node` writes: one mapping or a list. No `save` at all is one save whose folder `--out` gives.
+
+    `read_ref(node, what)` reads a reference to a model or a step; `top` is the mark for a recipe without `save`.
+    """
+    if node is None:
+        return [Save(None, None, None, DEFAULT_SHARD, top)]
+    items = node.items if isinstance(node, ListNode) else (node,)
+    if not items:
+        problems.append(Problem("`save` is an empty list", node.mark, _EXAMPLE))
+    saves: list[Save] = []
+    for item in items:
+        if isinstance(item, MapNode):
+            saves.append(_read_save(item, read_ref, problems))
+        else:
+            problems.append(Problem(f"a save must be a mapping, not {describe(item)}", item.mark, _EXAMPLE))
+    if len(items) > 1:
+        for save in saves:
+            if save.to is None:
+                hint = "with several saves each one names its folder: `to: out/name`"
+                problems.append(Problem("this save has no `to`", save.mark, hint))
+    _check_folders(saves, problems)
+    return saves
+
+
+def read_size(value: object) -> int | None:
+    """A size in bytes (`5GB`, `500MB`, `2GiB`, `1.5 GB`, a number of bytes), or None where it is not a size above 0."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value if value > 0 else None
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    units = {name.lower(): factor for name, factor in UNITS.items()}
+    if match is None or match.group(2).lower() not in units:
+        return None
+    whole, _, part = match.group(1).partition(".")
+    # Integers, because a float would make 4.35GB a byte short.
+    size = int(whole + part) * units[match.group(2).lower()] // 10 ** len(part)
+    return size if size > 0 else None
+
+
+def _read_save(node: MapNode, read_ref: Callable[[Node, str], Ref | None], problems: list[Problem]) -> Save:
+    step, to, dtype, shard = None, None, None, DEFAULT_SHARD
+    for key, entry in node.entries.items():
+        value = entry.value.value if isinstance(entry.value, ScalarNode) else None
+        mark = entry.value.mark
+        if key == "step":
+            step = read_ref(entry.value, "`step`")
+        elif key == "to":
+            if isinstance(value, str) and value.strip() and "\0" not in value and len(value) <= _MAX_PATH:
+                to = value
+            else:
+                message = f"`to` must be a folder, not {describe(entry.value)}"
+                problems.append(Problem(message, mark, "for example `to: out/merged`; a number needs quotes"))
+        elif key == "dtype":
+            dtype = SHORT_DTYPES.get(value, value) if isinstance(value, str) else None
+            if dtype not in DTYPES:
+                near = suggest(value, DTYPES) if isinstance(value, str) else _DTYPE_HINT
+                problems.append(Problem(f"`dtype` must be a floating type, not {describe(entry.value)}", mark, near))
+                dtype = None
+        elif key == "shard":
+            size = read_size(value)
+            if size is None:
+                message = f"`shard` must be a size above 0, not {describe(entry.value)}"
+                problems.append(Problem(message, mark, "for example `5GB`, `500MB`, `2GiB` or a number of bytes"))
+            shard = size or DEFAULT_SHARD
+        elif key == "push":
+            hint = "save the folder here and publish it once the run is done"
+            problems.append(Problem("a recipe does not publish: `save` has no key `push`", entry.mark, hint))
+        else:
+            problems.append(Problem(f"`save` has no key `{key}`", entry.mark, suggest(key, SAVE_KEYS)))
+    return Save(step, to, dtype, shard, _mark_of(node))
+
+
+def _mark_of(node: MapNode) -> Mark:
+    """Where findings about a save as a whole point: at its folder, or at its first line."""
+    entry = node.entries.get("to")
+    return node.mark if entry is None else entry.value.mark
+
+
+def _check_folders(saves: Sequence[Save], problems: list[Problem]) -> None:
+    """Report saves into one folder, or into a folder inside another save's. Paths are compared as text, `..` resolved."""
+    taken: dict[Path, Save] = {}
+    above: dict[Path, Save] = {}
+    for save in saves:
+        if save.to is None:
+            continue
+        folder = Path(os.path.abspath(os.path.expanduser(save.to)))
+        around = next((taken[parent] for parent in folder.parents if parent in taken), None) or above.get(folder)
+        if folder in taken:
+            hint = f"the save on line {taken[folder].mark.line} writes there; give each save a folder of its own"
+            problems.append(Problem(f"two saves go to the folder `{save.to}`", save.mark, hint))
+        elif around is not None:
+            hint = f"the other one is on line {around.mark.line}; put them side by side"
+            problems.append(Problem(f"`{save.to}` and `{around.to}` lie inside one another", save.mark, hint))
+        taken.setdefault(folder, save)
+        above |= {parent: save for parent in folder.parents if parent not in above}

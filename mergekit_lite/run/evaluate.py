@@ -1,0 +1,147 @@
+"""Nodes become numbers, block by block. A statistic is gathered first, in rounds over the same blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mergekit_lite.checkpoint.meta import TensorMeta
+from mergekit_lite.methods.measure import Measure, Part
+from mergekit_lite.methods.spec import Block, keywords
+from mergekit_lite.plan.model import Node
+from mergekit_lite.plan.order import grain_of, reach_of, row_length, walk
+
+
+class Source(Protocol):
+    """Where stored tensors come from."""
+
+    def read(self, meta: TensorMeta, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a tensor, flat, in the stored dtype."""
+        ...
+
+
+Stats = dict[int, Any]  # node id -> what its measure found for this tensor
+
+
+@dataclass
+class Blocks:
+    """Computes nodes block by block: `compute` is the dtype of the arithmetic, `block` the elements of one block (at
+    least one grain). `watch` is told of every loaded block of the last pass; `stopped` is asked between blocks."""
+
+    source: Source
+    compute: torch.dtype
+    block: int
+    stopped: Callable[[], None]
+    watch: Callable[[TensorMeta, Tensor], None] = field(default=lambda meta, values: None)
+
+    def spans(self, nodes: Sequence[Node], start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """[start, stop) in blocks of whole grains."""
+        grain = grain_of(nodes)
+        size = max(grain, self.block // grain * grain)
+        while start < stop:
+            self.stopped()
+            end = min(stop, start + size)
+            yield start, end
+            start = end
+
+    def value(self, node: Node, start: int, stop: int, stats: Stats, memo: dict[int, Tensor], last: bool) -> Tensor:
+        """Elements [start, stop) of `node`, flat, in the compute dtype. `memo` holds what this block has given so far;
+        `stats` the statistics of this tensor; `last` tells the pass that makes the output."""
+        known = memo.get(node.id)
+        if known is not None:
+            return known
+        if node.load is not None:
+            result = self.source.read(node.load, start, stop).to(self.compute)
+            if last:
+                self.watch(node.load, result)
+        else:
+            assert node.method is not None
+            xs = [self.value(below, start, stop, stats, memo, last) for below in node.inputs]
+            arguments = keywords(dict(node.params))
+            reach = reach_of(node)
+            if reach == "row":
+                xs = [x.reshape(-1, row_length(node)) for x in xs]
+            elif reach == "matrix":
+                xs = [x.reshape(node.shape) for x in xs]
+            if node.id in stats:
+                arguments["stat"] = stats[node.id]
+            if node.method.positioned:
+                arguments["block"] = Block(start, node.key)
+            result = node.method.fn(xs, **arguments).reshape(-1)
+        memo[node.id] = result
+        return result
+
+    def measure(self, roots: Sequence[Node], stats: Stats) -> None:
+        """Fill `stats` with the statistics of every measured node below `roots`. Nodes that do not depend on one
+        another are measured in the same passes, so that their inputs are read together."""
+        waiting = [n for n in walk(roots) if reach_of(n) == "measured" and n.id not in stats]
+        while waiting:
+            ready = [n for n in waiting if not any(m is not n and m in waiting for m in walk([n]))]
+            gather([[n] for n in ready], [measure_of([n]) for n in ready], stats, self.feed)
+            waiting = [n for n in waiting if n not in ready]
+
+    def feed(self, work: Sequence[tuple[Node, Part]], stats: Stats) -> None:
+        """Give every part the blocks of its node's inputs, grain by grain, in one pass over the tensor."""
+        active = list(work)
+        nodes = list(walk(node for node, _ in work))
+        grain = grain_of(nodes)
+        for start, stop in self.spans(nodes, 0, work[0][0].numel):
+            memo: dict[int, Tensor] = {}
+            for entry in list(active):
+                node, part = entry
+                xs = [self.value(below, start, stop, stats, memo, False) for below in node.inputs]
+                for at in range(start, stop, grain):
+                    if part.add([x[at - start : at - start + grain] for x in xs], at):
+                        active.remove(entry)
+                        break
+            if not active:
+                return
+
+
+def measure_of(members: Sequence[Node]) -> Measure:
+    """A fresh measure for the nodes that share one statistic."""
+    node = members[0]
+    assert node.method is not None
+    if node.method.measure is None:
+        raise TypeError(f"method `{node.method.name}` is measured but names no measure")
+    measure: Measure = node.method.measure(dict(node.params), len(node.inputs), [n.numel for n in members])
+    return measure
+
+
+Feed = Callable[[Sequence[tuple[Node, Part]], Stats], None]
+
+
+def gather(groups: Sequence[Sequence[Node]], measures: Sequence[Measure], stats: Stats, feed: Feed) -> None:
+    """Carry `measures` through their rounds over the nodes of one tensor and store the results in `stats`."""
+    going = list(zip(groups, measures, strict=True))
+    while going:
+        parts = [[measure.part(i) for i in range(len(group))] for group, measure in going]
+        work = [
+            (node, part)
+            for (group, _), mine in zip(going, parts, strict=True)
+            for node, part in zip(group, mine, strict=True)
+            if part is not None
+        ]
+        if work:
+            feed(work, stats)
+        again = []
+        for (group, measure), mine in zip(going, parts, strict=True):
+            if measure.close(mine):
+                again.append((group, measure))
+            else:
+                stats.update({node.id: measure.result(i) for i, node in enumerate(group)})
+        going = again
+
+
+def freeze(stat: Any) -> Any:
+    """A statistic as it comes back from a journal: lists become tuples again."""
+    return tuple(freeze(part) for part in stat) if isinstance(stat, (list, tuple)) else stat
+
+
+def subset(stats: Mapping[int, Any], roots: Sequence[Node]) -> Stats:
+    """The statistics that the nodes below `roots` use."""
+    return {n.id: stats[n.id] for n in walk(roots) if n.id in stats}

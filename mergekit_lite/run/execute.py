@@ -1,0 +1,330 @@
+"""The loop: units of work to threads, finished ones to the journal, progress to whoever looks."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mergekit_lite.checkpoint.meta import DTYPE_BITS, TensorMeta
+from mergekit_lite.checkpoint.reader import TORCH_DTYPES
+from mergekit_lite.errors import InputError, InterruptedRun, Problem
+from mergekit_lite.plan.model import Node, OutTensor, Plan, Unit
+from mergekit_lite.plan.order import COPY_BLOCK, walk
+from mergekit_lite.run.evaluate import Blocks, Source, Stats, freeze, subset
+from mergekit_lite.run.journal import Done, Journal
+from mergekit_lite.run.pools import measure_pools
+from mergekit_lite.run.sink import Sink
+
+JOURNAL_SECONDS = 3.0  # how much finished work a crash may cost, at most
+# Dtypes whose range float32 numbers may leave on the last rounding.
+NARROW = frozenset({"F16", "F8_E4M3", "F8_E5M2"})
+
+
+class ByteSource(Source, Protocol):
+    def read_bytes(self, meta: TensorMeta, start: int, stop: int, buffer: memoryview) -> None:
+        """Stored bytes [start, stop) of a tensor into `buffer`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is. `phase` is `measure` (statistics over all tensors) or `merge`; `done` and `total` count bytes
+    written, in `measure` tensors looked at; `read` counts bytes read so far; `label` names the tensor last finished."""
+
+    phase: str
+    label: str
+    step: str
+    done: int
+    total: int
+    tensors: int
+    all_tensors: int
+    shard: int
+    shards: int
+    read: int
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a run goes about it; none of these changes a byte of the result."""
+
+    threads: int = 1
+    block: int = 1 << 16
+    strict: bool = False
+    progress: Callable[[Progress], None] = field(default=lambda progress: None)
+
+
+@dataclass
+class Findings:
+    """What a run saw: non-finite numbers by `file:tensor` in the inputs, numbers beyond the output dtype's range by
+    output tensor, bytes read, units taken over from an earlier run."""
+
+    nonfinite: dict[str, int] = field(default_factory=dict)
+    overflow: dict[str, int] = field(default_factory=dict)
+    bytes_read: int = 0
+    resumed: int = 0
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        for mine, theirs in ((self.nonfinite, entry["nonfinite"]), (self.overflow, entry["overflow"])):
+            for name, count in theirs.items():
+                mine[name] = mine.get(name, 0) + count
+
+
+class _Stop(Exception):
+    """A worker was asked to stop."""
+
+
+class _Counted:
+    """A source that counts the bytes it gives."""
+
+    def __init__(self, source: ByteSource):
+        self._source = source
+        self._lock = threading.Lock()
+        self.bytes = 0
+
+    def read(self, meta: TensorMeta, start: int, stop: int) -> Tensor:
+        with self._lock:
+            self.bytes += (stop - start) * DTYPE_BITS[meta.dtype] // 8
+        return self._source.read(meta, start, stop)
+
+    def read_bytes(self, meta: TensorMeta, start: int, stop: int, buffer: memoryview) -> None:
+        with self._lock:
+            self.bytes += stop - start
+        self._source.read_bytes(meta, start, stop, buffer)
+
+
+def execute(
+    plan: Plan, source: ByteSource, sink: Sink, journal: Journal | None, done: Done, options: Options
+) -> Findings:
+    """Carry out what is left of `plan`. Raises InterruptedRun on Ctrl-C with everything finished so far safe, and
+    whatever a source or a sink raises, likewise."""
+    run = _Run(plan, _Counted(source), sink, journal, done, options)
+    with _one_thread_per_operation():
+        return run.go()
+
+
+@contextlib.contextmanager
+def _one_thread_per_operation() -> Iterator[None]:
+    """torch splits long sums over its own threads and then adds up in another order; the run has threads of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Run:
+    def __init__(self, plan: Plan, source: _Counted, sink: Sink, journal: Journal | None, done: Done, options: Options):
+        self.plan, self.source, self.sink, self.journal, self.done, self.options = (
+            plan,
+            source,
+            sink,
+            journal,
+            done,
+            options,
+        )
+        self.stop = threading.Event()
+        compute = torch.float64 if plan.recipe.compute == "float64" else torch.float32
+        self.blocks = Blocks(source, compute, options.block, self._check)
+        self.findings = Findings(resumed=len(done.units))
+        self.stats: Stats = {}
+        self.finished: queue.SimpleQueue[tuple[Unit, dict[str, Any]] | BaseException | None] = queue.SimpleQueue()
+        self.unsafe: list[tuple[int, dict[str, Any]]] = []
+        self.safe_at = time.monotonic()
+        self.written = 0
+        for unit in plan.units:
+            if unit.id in done.units:
+                self.findings.add(done.units[unit.id])
+                self.written += _weight(unit)
+
+    def go(self) -> Findings:
+        todo = [unit for unit in self.plan.units if unit.id not in self.done.units]
+        try:
+            with ThreadPoolExecutor(self.options.threads, "merge") as threads:
+                try:
+                    if todo and self.plan.pools:
+                        self._pools(threads)
+                    self._units(threads, todo)
+                except BaseException:
+                    self.stop.set()
+                    raise
+        except KeyboardInterrupt as fault:
+            self._drain()
+            self._save()
+            hint = "the same command with `--resume` goes on" if self.journal else None
+            raise InterruptedRun("stopped by Ctrl-C", hint=hint) from fault
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self._drain()
+                self._save()
+            raise
+        self._save()
+        self.findings.bytes_read = self.source.bytes
+        return self.findings
+
+    def _check(self) -> None:
+        if self.stop.is_set():
+            raise _Stop
+
+    # Statistics over all tensors
+
+    def _pools(self, threads: ThreadPoolExecutor) -> None:
+        total = sum(len(members) for members in self.plan.pools.values())
+        seen = itertools.count(1)
+
+        def report(pool: str, node: Node) -> None:
+            step = pool.split(":")[0]
+            self.options.progress(Progress("measure", step, step, next(seen), total, 0, total, 0, 0, self.source.bytes))
+
+        def found(pool: str, stats: Sequence[Any]) -> None:
+            if self.journal is not None:
+                self.journal.pool(pool, stats)
+
+        known = {pool: [freeze(stat) for stat in stats] for pool, stats in self.done.pools.items()}
+        self.stats = measure_pools(self.plan.pools, known, self.blocks, threads, report, found)
+
+    # Units
+
+    def _units(self, threads: ThreadPoolExecutor, todo: Sequence[Unit]) -> None:
+        pending = iter(todo)
+        lock = threading.Lock()
+
+        def worker() -> None:
+            try:
+                while not self.stop.is_set():
+                    with lock:
+                        unit = next(pending, None)
+                    if unit is None:
+                        break
+                    self.finished.put((unit, self._unit(unit)))
+            except _Stop:
+                pass
+            except BaseException as fault:
+                self.stop.set()
+                self.finished.put(fault)
+            finally:
+                self.finished.put(None)
+
+        for _ in range(self.options.threads):
+            threads.submit(worker)
+        working = self.options.threads
+        count = len(self.plan.units) - len(todo)
+        while working:
+            with contextlib.suppress(queue.Empty):
+                got = self.finished.get(timeout=0.2)
+                if got is None:
+                    working -= 1
+                elif isinstance(got, BaseException):
+                    raise got
+                else:
+                    count += 1
+                    self._take(*got)
+                    self._tell(got[0], count)
+            if time.monotonic() - self.safe_at > JOURNAL_SECONDS:
+                self._save()
+
+    def _take(self, unit: Unit, found: dict[str, Any]) -> None:
+        self.findings.add(found)
+        self.unsafe.append((unit.id, found))
+        self.written += _weight(unit)
+
+    def _tell(self, unit: Unit, count: int) -> None:
+        number, tensor = unit.targets[0]
+        output = self.plan.outputs[number]
+        total = self.plan.bytes_written
+        place = (tensor.shard + 1, len(output.shards))
+        progress = Progress(
+            "merge", unit.name, output.step, self.written, total, count, len(self.plan.units), *place, self.source.bytes
+        )
+        self.options.progress(progress)
+
+    def _drain(self) -> None:
+        """Take what workers finished while the run was stopping."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                got = self.finished.get_nowait()
+                if isinstance(got, tuple):
+                    self._take(*got)
+
+    def _save(self) -> None:
+        """Make what is written safe, then say so in the journal."""
+        if self.journal is not None and self.unsafe:
+            self.sink.sync()
+            self.journal.units(self.unsafe)
+            self.unsafe = []
+        self.safe_at = time.monotonic()
+
+    def _unit(self, unit: Unit) -> dict[str, Any]:
+        found: dict[str, dict[str, int]] = {"nonfinite": {}, "overflow": {}}
+        blocks = replace(self.blocks, watch=lambda meta, values: self._watch(meta, values, found["nonfinite"]))
+        if unit.targets[0][1].copied:
+            self._copy(unit, blocks)
+            return found
+        roots = [tensor.node for _, tensor in unit.targets]
+        nodes = list(walk(roots))
+        stats = subset(self.stats, roots)
+        blocks.measure(roots, stats)
+        for start, stop in blocks.spans(nodes, unit.start, unit.stop):
+            memo: dict[int, Tensor] = {}
+            for output, tensor in unit.targets:
+                value = blocks.value(tensor.node, start, stop, stats, memo, True)
+                stored = value.to(TORCH_DTYPES[tensor.dtype])
+                if tensor.dtype in NARROW:
+                    _count_overflow(tensor, value, stored, found["overflow"])
+                self.sink.write(output, tensor, start, stored)
+        return found
+
+    def _copy(self, unit: Unit, blocks: Blocks) -> None:
+        for output, tensor in unit.targets:
+            meta = tensor.node.load
+            assert meta is not None
+            bits = DTYPE_BITS[meta.dtype]
+            buffer = memoryview(bytearray(min(COPY_BLOCK, (unit.stop - unit.start) * bits // 8)))
+            at, end = unit.start * bits // 8, unit.stop * bits // 8
+            while at < end:
+                self._check()
+                part = buffer[: min(len(buffer), end - at)]
+                self.source.read_bytes(meta, at, at + len(part), part)
+                if self.options.strict and meta.dtype in TORCH_DTYPES:
+                    values = torch.frombuffer(part, dtype=torch.uint8).view(TORCH_DTYPES[meta.dtype])
+                    if values.is_floating_point():
+                        blocks.watch(meta, values.float())
+                self.sink.write_bytes(output, tensor, at, part)
+                at += len(part)
+
+    def _watch(self, meta: TensorMeta, values: Tensor, found: dict[str, int]) -> None:
+        # One sum tells in a single pass that all is well; it is wrong only towards looking closer.
+        if bool(torch.isfinite(values.sum())):
+            return
+        count = int(torch.count_nonzero(~torch.isfinite(values)))
+        if not count:
+            return
+        if self.options.strict:
+            message = f"`{meta.name}` in `{meta.file}` holds NaN or infinite numbers"
+            hint = "leave `--strict` out to merge all the same and have them counted"
+            raise InputError(Problem(message, None, hint))
+        name = f"{meta.file}:{meta.name}"
+        found[name] = found.get(name, 0) + count
+
+
+def _count_overflow(tensor: OutTensor, value: Tensor, stored: Tensor, found: dict[str, int]) -> None:
+    if bool(torch.isfinite(stored.float().sum())):
+        return
+    count = int(torch.count_nonzero(torch.isfinite(value) & ~torch.isfinite(stored.float())))
+    if count:
+        found[tensor.name] = found.get(tensor.name, 0) + count
+
+
+def _weight(unit: Unit) -> int:
+    """Bytes that a unit writes."""
+    return sum((unit.stop - unit.start) * DTYPE_BITS[t.dtype] // 8 for _, t in unit.targets)

@@ -1,0 +1,99 @@
+"""From whole shards to a finished folder: digests, configuration, lock, and the rename that makes it real."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from mergekit_lite.checkpoint.extras import copy_extras, output_config
+from mergekit_lite.errors import InputError, StoppedError
+from mergekit_lite.plan.layout import INDEX
+from mergekit_lite.plan.lock import NAME as LOCK
+from mergekit_lite.plan.model import Output, Plan
+from mergekit_lite.run.journal import NAME as JOURNAL
+from mergekit_lite.run.sink import partial
+
+RECIPE = "recipe.yaml"
+Digests = Mapping[str, Mapping[str, str]]
+
+
+def sha256_files(paths: Sequence[Path], threads: int) -> dict[str, str]:
+    """SHA-256 of files, by path. Raises InputError where one cannot be read."""
+
+    def one(path: Path) -> str:
+        digest = hashlib.sha256()
+        try:
+            with path.open("rb", buffering=0) as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        except OSError as fault:
+            raise InputError(f"cannot read `{path}`: {fault.strerror}", hint="was it moved during the run?") from fault
+        return digest.hexdigest()
+
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(zip(map(str, paths), pool.map(one, paths), strict=True))
+
+
+def input_files(plan: Plan) -> list[Path]:
+    """Every file that the plan reads weights from, each once."""
+    return [Path(path) for path in dict.fromkeys(f.path for c in plan.checkpoints.values() for f in c.shards)]
+
+
+def shard_digests(plan: Plan, threads: int) -> dict[str, dict[str, str]]:
+    """SHA-256 of every finished shard, still in the partial folders, by output folder and file name."""
+    paths = [partial(o.to) / s.file for o in plan.outputs for s in o.shards]
+    found = sha256_files(paths, threads)
+    return {o.to: {s.file: found[str(partial(o.to) / s.file)] for s in o.shards} for o in plan.outputs}
+
+
+def complete(plan: Plan, lock: str) -> None:
+    """Put configuration, tokenizer, index, recipe and lock beside the shards, then rename every partial folder to its
+    name. Raises StoppedError where a name has been taken since the plan was made."""
+    for output in plan.outputs:
+        _extras(plan, output, lock)
+    for output in plan.outputs:
+        folder, to = partial(output.to), Path(output.to)
+        (folder / JOURNAL).unlink(missing_ok=True)
+        _fsync_folder(folder)
+        try:
+            os.rename(folder, to)
+        except OSError as fault:
+            hint = f"the merged checkpoint is whole in `{folder}`: move it where you want it"
+            raise StoppedError(f"cannot rename `{folder}` to `{to}`: {fault.strerror}", hint=hint) from fault
+        _fsync_folder(to.resolve().parent)
+
+
+def _extras(plan: Plan, output: Output, lock: str) -> None:
+    folder = partial(output.to)
+    copy_extras(plan.checkpoints[output.donor], folder, output_config(output.config, _main_dtype(output)))
+    if output.index is not None:
+        _write(folder / INDEX, json.dumps(output.index, indent=2) + "\n")
+    _write(folder / RECIPE, plan.recipe.text)
+    _write(folder / LOCK, lock)
+
+
+def _main_dtype(output: Output) -> str:
+    """The dtype that most bytes of the output have."""
+    sizes: dict[str, int] = {}
+    for tensor in output.tensors:
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,97 @@
+"""Where finished blocks go: shard files under `out.partial/`, or tensors in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mergekit_lite.checkpoint.reader import TORCH_DTYPES
+from mergekit_lite.checkpoint.writer import ShardFileWriter
+from mergekit_lite.plan.model import Output, OutTensor
+
+
+class Sink(Protocol):
+    def write(self, output: int, tensor: OutTensor, start: int, values: Tensor) -> None:
+        """Elements of an output tensor from `start` on, flat, in the output's dtype."""
+        ...
+
+    def write_bytes(self, output: int, tensor: OutTensor, start: int, data: memoryview) -> None:
+        """Stored bytes of an output tensor from byte `start` on."""
+        ...
+
+    def sync(self) -> None:
+        """Return when all that was written before the call is safe."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def partial(to: str) -> Path:
+    """The folder that an output grows in: `out/ties` -> `out/ties.partial`."""
+    path = Path(to)
+    return path.with_name(path.name + ".partial")
+
+
+class Files:
+    """The shards of every output, each with its whole size from the start."""
+
+    def __init__(self, outputs: Sequence[Output]):
+        self._outputs = outputs
+        self._writers: list[list[ShardFileWriter]] = []
+
+    def create(self) -> None:
+        """Make and preallocate every file. Raises StoppedError where the disk has no room."""
+        for output in self._outputs:
+            folder = partial(output.to)
+            folder.mkdir(parents=True, exist_ok=True)
+            shards = [ShardFileWriter.create(folder / s.file, s.header, s.nbytes) for s in output.shards]
+            self._writers.append(shards)
+
+    def reopen(self) -> None:
+        """Open the files of a stopped run. Raises StoppedError where one is missing or has another size."""
+        for output in self._outputs:
+            folder = partial(output.to)
+            self._writers.append([ShardFileWriter.open(folder / s.file, s.nbytes) for s in output.shards])
+
+    def write(self, output: int, tensor: OutTensor, start: int, values: Tensor) -> None:
+        data = values.contiguous().view(torch.uint8).numpy().data
+        self.write_bytes(output, tensor, start * values.element_size(), data)
+
+    def write_bytes(self, output: int, tensor: OutTensor, start: int, data: memoryview) -> None:
+        self._writers[output][tensor.shard].write(tensor.start + start, data)
+
+    def sync(self) -> None:
+        for shards in self._writers:
+            for shard in shards:
+                shard.sync()
+
+    def close(self) -> None:
+        for shards in self._writers:
+            for shard in shards:
+                shard.close()
+
+
+class Memory:
+    """Output tensors in memory, by output and name."""
+
+    def __init__(self, outputs: Sequence[Output]):
+        self.tensors: list[dict[str, Tensor]] = [
+            {t.name: torch.empty(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in output.tensors} for output in outputs
+        ]
+
+    def write(self, output: int, tensor: OutTensor, start: int, values: Tensor) -> None:
+        self.tensors[output][tensor.name].view(-1)[start : start + values.numel()] = values
+
+    def write_bytes(self, output: int, tensor: OutTensor, start: int, data: memoryview) -> None:
+        whole = self.tensors[output][tensor.name].view(-1).view(torch.uint8)
+        whole[start : start + len(data)] = torch.frombuffer(data, dtype=torch.uint8)
+
+    def sync(self) -> None:
+        """Memory is as safe as it gets."""
+
+    def close(self) -> None:
+        """Nothing to close: the tensors belong to the caller."""

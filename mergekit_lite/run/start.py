@@ -1,0 +1,100 @@
+"""Before the first byte: the partial folders, room on the disk, the journal of an earlier run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mergekit_lite.checkpoint.writer import free_bytes
+from mergekit_lite.errors import StoppedError
+from mergekit_lite.plan.model import Plan
+from mergekit_lite.run.journal import NAME, Done, Journal
+from mergekit_lite.run.sink import Files, partial
+
+
+@contextlib.contextmanager
+def open_run(plan: Plan, resume: bool) -> Iterator[tuple[Files, Journal, Done]]:
+    """The files and the journal of a run, ready to write. Raises StoppedError where an unfinished run lies there and
+    `resume` is not asked for, where there is nothing to resume, where the plan has changed, or the disk is too small."""
+    folder = partial(plan.outputs[0].to)
+    started = (folder / NAME).exists()
+    if resume and not started:
+        raise StoppedError(f"there is no unfinished run in `{folder}` to resume", hint="start it without `--resume`")
+    for output in plan.outputs:
+        taken = partial(output.to)
+        if not resume and taken.exists() and any(taken.iterdir()):
+            hint = f"`--resume` goes on with it; to start anew, remove `{taken}` first"
+            raise StoppedError(f"`{taken}` holds an unfinished run", hint=hint)
+    if not resume:
+        _check_room(plan)
+    _make_folder(folder)
+    journal = Journal(folder)
+    files = Files(plan.outputs)
+    try:
+        head = _head(plan)
+        if resume:
+            done = journal.read(head)
+            if done is None:
+                hint = f"undo the change, or remove `{folder}` and start anew"
+                raise StoppedError(
+                    f"the recipe or an input has changed since the run in `{folder}` was stopped", hint=hint
+                )
+            files.reopen()
+        else:
+            done = Done()
+            try:
+                files.create()
+            except BaseException:
+                files.close()
+                _remove(plan)
+                raise
+            files.sync()
+            journal.begin(head)
+        yield files, journal, done
+    finally:
+        files.close()
+        journal.close()
+
+
+def _head(plan: Plan) -> dict[str, Any]:
+    """The identity of a run: the plan, and the inputs as they lay there when it began."""
+    inputs = [[f.path, f.nbytes, f.mtime_ns] for c in plan.checkpoints.values() for f in c.shards]
+    return {"plan": plan.digest, "inputs": inputs, "to": [output.to for output in plan.outputs]}
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        hint = "choose a folder that you may write to"
+        raise StoppedError(f"cannot make `{folder}`: {fault.strerror}", hint=hint) from fault
+
+
+def _check_room(plan: Plan) -> None:
+    """Refuse where the outputs do not fit on their disks."""
+    needed: dict[int, int] = {}
+    place: dict[int, Path] = {}
+    for output in plan.outputs:
+        parent = next(p for p in Path(output.to).resolve().parents if p.exists())
+        device = os.stat(parent).st_dev
+        needed[device] = needed.get(device, 0) + output.nbytes
+        place[device] = parent
+    for device, nbytes in needed.items():
+        free = free_bytes(place[device])
+        if nbytes > free:
+            hint = "free some space, choose another disk with `--out`, or save in a smaller dtype"
+            message = f"the disk of `{place[device]}` has {free:,} bytes free, the output needs {nbytes:,}"
+            raise StoppedError(message, hint=hint)
+
+
+def _remove(plan: Plan) -> None:
+    """Take away files that were just made and hold nothing."""
+    for output in plan.outputs:
+        folder = partial(output.to)
+        for file in (NAME, *(shard.file for shard in output.shards)):
+            (folder / file).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
