@@ -62,7 +62,9 @@ class MergeError(Exception):
 
     exit_code = 70
 
-    def __init__(self, problems: str | Problem | Sequence[Problem], *, hint: str | None = None, mark: Mark | None = None):
+    def __init__(
+        self, problems: str | Problem | Sequence[Problem], *, hint: str | None = None, mark: Mark | None = None
+    ):
         if isinstance(problems, str):
             problems = Problem(problems, mark, hint)
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)

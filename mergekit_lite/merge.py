@@ -134,7 +134,7 @@ def run(
     from mergekit_lite.plan.order import GRAIN
     from mergekit_lite.run.execute import Options, execute
     from mergekit_lite.run.finish import complete, input_files, sha256_files, shard_digests
-    from mergekit_lite.run.start import open_run
+    from mergekit_lite.run.start import check_tied, open_run
 
     began = time.perf_counter()
     count = threads or default_threads()
@@ -145,15 +145,14 @@ def run(
         if problems:
             raise RecipeError(problems)
     options = Options(count, block or GRAIN, strict, progress)
-    with (
-        open_run(plan, resume) as (sink, journal, done),
-        Reader(s for c in plan.checkpoints.values() for s in c.shards) as reader,
-    ):
-        findings = execute(plan, reader, sink, journal, done, options)
-        sink.sync()
-        shards = shard_digests(plan, count)
-        inputs = inputs or sha256_files(input_files(plan), count)
-        complete(plan, lock_text(plan, inputs, shards))
+    with Reader(s for c in plan.checkpoints.values() for s in c.shards) as reader:
+        check_tied(plan, reader)
+        with open_run(plan, resume) as (sink, journal, done):
+            findings = execute(plan, reader, sink, journal, done, options)
+            sink.sync()
+            shards = shard_digests(plan, count)
+            inputs = inputs or sha256_files(input_files(plan), count)
+            complete(plan, lock_text(plan, inputs, shards))
     return Result(
         outputs=tuple(output.to for output in plan.outputs),
         shards=shards,

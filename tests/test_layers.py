@@ -82,7 +82,7 @@ def cuda_lines(tree: ast.AST) -> Iterator[int]:
             or (isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.split(":")[0] == "cuda")
         )
         if named:
-            yield node.lineno  # type: ignore[attr-defined]  # all of these have one
+            yield node.lineno
 
 
 def test_no_file_breaks_the_layers():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mergekit_lite.errors import InputError
@@ -34,21 +37,21 @@ def fetch(repo: str, revision: str | None, *, offline: bool = False) -> tuple[Pa
     Downloads what the cache lacks; with `offline`, or HF_HUB_OFFLINE set, only the cache is looked at. Raises
     InputError where the model, the revision or the network is missing. No message holds a signed URL or a token.
     """
-    import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors, snapshot_download
 
-    offline = offline or bool(huggingface_hub.constants.HF_HUB_OFFLINE)
+    offline = offline or bool(constants.HF_HUB_OFFLINE)
     named = f"`{repo}`" if revision is None else f"`{repo}` at revision `{revision}`"
     again = f"`hf download {repo}`" if revision is None else f"`hf download {repo} --revision {revision}`"
-    endpoint = huggingface_hub.constants.ENDPOINT
+    endpoint = re.sub("//[^/@]*@", "//", constants.ENDPOINT)  # a mirror's address may hold a password
     try:
-        folder = huggingface_hub.snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=_WANTED,
-            ignore_patterns=_UNWANTED,
-            local_files_only=offline,
-        )
+        with _progress_on_a_terminal_only():
+            folder = snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=_WANTED,
+                ignore_patterns=_UNWANTED,
+                local_files_only=offline,
+            )
     except errors.GatedRepoError as error:
         hint = f"ask for access at {endpoint}/{repo}, then run `hf auth login` (older: `huggingface-cli login`)"
         raise InputError(f"{named} is gated, and this machine has no access to it", hint=hint) from error
@@ -64,17 +67,34 @@ def fetch(repo: str, revision: str | None, *, offline: bool = False) -> tuple[Pa
             raise InputError(
                 f"{named} is not, or not wholly, in the cache, and the run is offline", hint=hint
             ) from error
-        cause = type(error.__cause__).__name__ if error.__cause__ else "no answer"
         hint = f"check the connection to {endpoint} and try {again}"
-        raise InputError(f"{named} cannot be downloaded ({cause}) and is not in the cache", hint=hint) from error
-    except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "an unknown status")
-        hint = f"try {again}; if that asks for a login, run `hf auth login`"
-        raise InputError(f"the Hub answered {status} for {named}", hint=hint) from error
+        reason = _reason(error.__cause__ or error)
+        raise InputError(f"{named} cannot be downloaded ({reason}) and is not in the cache", hint=hint) from error
     except Exception as error:
         # Transport errors belong to whichever HTTP library this version of huggingface_hub uses.
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
-        hint = f"check the connection and the space left in {huggingface_hub.constants.HF_HUB_CACHE}, then try {again}"
-        raise InputError(f"{named} cannot be downloaded: {reason}", hint=hint) from error
+        hint = f"check the connection and the space left in {constants.HF_HUB_CACHE}, then try {again}"
+        raise InputError(f"{named} cannot be downloaded: {_reason(error)}", hint=hint) from error
     path = Path(folder)
     return path, path.name if re.fullmatch("[0-9a-f]{40}", path.name) else None
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, without the error's own text, which may hold a signed URL."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return f"the Hub answered {status}"
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
+
+
+@contextmanager
+def _progress_on_a_terminal_only() -> Iterator[None]:
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

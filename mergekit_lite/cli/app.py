@@ -9,6 +9,7 @@ Nothing here or in a command's module level may import torch, transformers or hu
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -25,7 +26,7 @@ from mergekit_lite.cli.diff import diff
 from mergekit_lite.cli.doctor import doctor
 from mergekit_lite.cli.inspect import inspect
 from mergekit_lite.cli.methods import methods
-from mergekit_lite.cli.plan import plan
+from mergekit_lite.cli.plan import PlanCommand, plan
 from mergekit_lite.cli.run import run
 from mergekit_lite.errors import InterruptedRun, MergeError, Problem, UsageError, did_you_mean, printable
 
@@ -78,11 +79,14 @@ def options(
 
 
 for _command in COMMANDS:
-    app.command(_command.__name__)(_command)
+    app.command(_command.__name__, cls=PlanCommand if _command is plan else None)(_command)
 
 
 def main() -> None:
     """Run the program on the words of its command line and leave with its exit code."""
+    # A terminal that cannot show a character gets its number instead of a crash.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(execute(sys.argv[1:]))
 
 
@@ -95,7 +99,7 @@ def execute(arguments: Sequence[str]) -> int:
         except MergeError as error:
             code = _report(error.problems, error.exit_code, as_json)
         except BAD_COMMAND_LINE as error:
-            code = _report([_usage_problem(error)], UsageError.exit_code, as_json)
+            code = _report([_usage_problem(error, arguments)], UsageError.exit_code, as_json)
         except (KeyboardInterrupt, typer.Abort):
             code = _report([Problem("stopped by Ctrl-C")], InterruptedRun.exit_code, as_json)
         sys.stdout.flush()
@@ -125,17 +129,18 @@ def _report(problems: Sequence[Problem], code: int, as_json: bool) -> int:
     return code
 
 
-def _usage_problem(error: Any) -> Problem:
+def _usage_problem(error: Any, arguments: Sequence[str]) -> Problem:
     """What is wrong with the command line, in this program's words."""
     context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else "merge"
+    known_command = bool(arguments) and arguments[0] in [command.__name__ for command in COMMANDS]
+    path = f"merge {arguments[0]}" if known_command else "merge"
     hint = f"`{path} --help` explains it"
     option = getattr(error, "option_name", None)
     if option is not None and hasattr(error, "possibilities"):
         known = [name for param in context.command.params for name in param.opts] if context is not None else []
         near = did_you_mean(option, known)
         return Problem(f"`{path}` has no option `{option}`", None, f"did you mean `{near}`?" if near else hint)
-    message = re.sub(r"'([^'\n]*)'", r"`\1`", error.format_message().strip().rstrip("."))
+    message = re.sub(r"'([^'\n]*)'", r"`\1`", error.format_message().strip().rstrip(".").replace("Value error, ", ""))
     return Problem(message[:1].lower() + message[1:], None, hint)
 
 

@@ -1,20 +1,26 @@
 """Everything that commands print: results on stdout, talk on stderr, colour only on a terminal and without NO_COLOR.
 
-    line, table, json   a result, to stdout
-    note, problems      talk, to stderr
+    line, text, table, json   a result, to stdout
+    note, problems, warnings  talk, to stderr
+    size, count, ...          numbers for people, from plan/words.py
 
 Text from strangers' files is safe here: control characters are escaped and nothing is read as rich markup.
 """
 
 from __future__ import annotations
 
+import functools
 import json as jsonlib
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lite.errors import Problem, printable
+from mergekit_lite.plan.words import count as count
+from mergekit_lite.plan.words import seconds as seconds
+from mergekit_lite.plan.words import shape as shape
+from mergekit_lite.plan.words import size as size
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -22,15 +28,25 @@ if TYPE_CHECKING:
 WIDE = 100_000  # columns of a console that is no terminal: what is piped is never wrapped
 
 
-def console(stderr: bool = False) -> Console:
-    """A console for stdout or stderr as they are now. Without colours where they are no terminal or NO_COLOR is set."""
+@functools.cache
+def _console_type() -> type[Console]:
     from rich.console import Console
 
-    made = Console(stderr=stderr, markup=False, emoji=False, highlight=False, no_color=True, color_system=None)
-    if made.is_terminal:
-        colours = None if os.environ.get("NO_COLOR") else "auto"
-        return Console(stderr=stderr, markup=False, emoji=False, highlight=False, color_system=colours)
-    made.width = WIDE
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            """Leave it to app.py; rich would exit with 1 here, which means another thing."""
+            raise BrokenPipeError
+
+    return Plain
+
+
+def console(stderr: bool = False) -> Console:
+    """A console for stdout or stderr as they are now. Without colours where they are no terminal or NO_COLOR is set."""
+    # Without a colour system rich writes no escape at all, neither colours nor bold.
+    colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    made = _console_type()(stderr=stderr, markup=False, emoji=False, highlight=False, color_system=colours)
+    if not made.is_terminal:
+        made.width = WIDE
     return made
 
 
@@ -42,6 +58,13 @@ def line(text: str = "", style: str = "") -> None:
 def note(text: str = "", style: str = "") -> None:
     """One line of talk, to stderr."""
     _line(console(stderr=True), text, style)
+
+
+def text(lines: str) -> None:
+    """Text of many lines, a file for example, to stdout as it is."""
+    out = console()
+    for one in lines.splitlines():
+        _line(out, one, "")
 
 
 def json(data: Any) -> None:
@@ -77,36 +100,6 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence
     for row in rows:
         made.add_row(*(Text(printable(cell)) for cell in row))
     _print(console(), made)
-
-
-def size(nbytes: float) -> str:
-    """Bytes for people, in decimal units: `13.5 GB`, `987 bytes`."""
-    if nbytes < 1000:
-        return f"{nbytes:.0f} byte" + ("" if nbytes == 1 else "s")
-    for unit in ("kB", "MB", "GB", "TB"):
-        nbytes /= 1000
-        if nbytes < 999.95 or unit == "TB":
-            break
-    return f"{nbytes:.1f} {unit}"
-
-
-def count(number: int, noun: str) -> str:
-    """`1 shard`, `3 shards`, `1,024 tensors`."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def seconds(duration: float) -> str:
-    """A duration for people: `0.4 s`, `14.2 s`, `3 min 5 s`."""
-    if duration < 60:
-        return f"{duration:.1f} s"
-    minutes, rest = divmod(round(duration), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def shape(sizes: Sequence[int]) -> str:
-    """The shape of a tensor: `4096×128`, `scalar`."""
-    return "×".join(map(str, sizes)) or "scalar"
 
 
 def _line(out: Console, text: str, style: str) -> None:

@@ -54,7 +54,7 @@ def dare_linear(
     shape, and gives that shape, in the dtype of the arithmetic. A drop rate of 0 changes nothing. One-element tensors
     are dropped like any entry; to spare small tensors give `drop_rate` by name: `{"*.bias": 0, else: 0.9}`.
 
-    High rates need small deltas: up to about 0.002 after fine-tuning on instructions, not those of further pre-training.
+    High rates need small deltas: about 0.002 and less after fine-tuning, not those of further pre-training.
 
     Source: Yu et al., Language models are Super Mario (DARE), ICML 2024, arXiv 2311.03099.
     """

@@ -116,4 +116,5 @@ def elect(
         total.add_(agreed if w == 1 else agreed.mul_(w))
     if share is not None:
         total.div_(share.clamp_(min=torch.finfo(share.dtype).tiny))
-    return total.mul_(sign)
+    # Which of two zeros is the maximum is left open, so the sign of a zero is cleared.
+    return total.abs_().mul_(sign)

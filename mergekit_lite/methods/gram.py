@@ -14,15 +14,16 @@ FOLDED = 256  # numbers that are left to an exact sum
 
 
 def fold(values: Tensor, width: int) -> Tensor:
-    """Sums of `values` along the last axis, by halves, until at most `width` entries are left there.
+    """Sums of `values` along the last axis, by halves, until at most `width` entries are left there. Spends `values`.
 
     Only element-wise additions in a fixed order: the same bits on every machine and for every number of rows.
     """
     while values.shape[-1] > width:
         half = values.shape[-1] // 2
-        folded = values[..., :half] + values[..., half : 2 * half]
+        folded = values[..., :half]
+        folded.add_(values[..., half : 2 * half])
         if values.shape[-1] % 2:
-            folded[..., :1] += values[..., -1:]
+            folded[..., :1].add_(values[..., -1:])
         values = folded
     return values
 

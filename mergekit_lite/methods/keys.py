@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,11 +41,22 @@ def _top(dtype: np.dtype[np.signedinteger]) -> int:
     return _BITS[dtype.itemsize][2]
 
 
+class Tally(NamedTuple):
+    """How many keys are above a window, inside it but above its guess, and the guess itself."""
+
+    above: int = 0
+    higher: int = 0
+    equal: int = 0
+
+    def plus(self, other: Tally) -> Tally:
+        return Tally(self.above + other.above, self.higher + other.higher, self.equal + other.equal)
+
+
 class Window:
     """The keys from `low` to `high`, both included (None: no end, every NaN counted as one key).
 
-    Gathers the keys that fall inside, and counts them in bins from the `limit`-th on. `guess` is a key inside that is
-    counted for each taker by itself. Safe to use from several threads.
+    Gathers the keys that fall inside, and only counts them where they are more than `limit`. `guess` is a key inside
+    that may well be the one that is sought. Safe to use from several threads.
     """
 
     def __init__(self, low: int, high: int | None, limit: int, guess: int | None = None):
@@ -57,19 +69,20 @@ class Window:
         self._lock = threading.Lock()
         self._gathered: list[Keys] = []
         self._waiting = 0
+        self._distinct: tuple[Keys, NDArray[np.int64]] | None = None
         self._bins: NDArray[np.int64] | None = None
         self._shift = 0
 
-    def take(self, keys: Keys) -> tuple[int, int]:
-        """Take in `keys`; gives how many are above the window, and how many are `guess`."""
-        above = equal = 0
+    def take(self, keys: Keys) -> Tally:
+        """Take in `keys`; gives what they add to the tally."""
+        above = higher = equal = 0
         if self.low == self.high:
             above = int(np.count_nonzero(keys > self.low))
             equal = int(np.count_nonzero(keys >= self.low)) - above
             with self._lock:
                 self.dtype = keys.dtype
                 self.count += equal
-            return above, equal
+            return Tally(above, 0, equal)
         if self.high is None:
             inside = np.minimum(keys[keys >= self.low] if self.low else keys, _top(keys.dtype))
         else:
@@ -77,6 +90,7 @@ class Window:
             above = int(np.count_nonzero(over))
             inside = keys[(keys >= self.low) ^ over]
         if self.guess is not None:
+            higher = int(np.count_nonzero(inside > self.guess))
             equal = int(np.count_nonzero(inside == self.guess))
         with self._lock:
             self.dtype = keys.dtype
@@ -85,7 +99,7 @@ class Window:
             self._waiting += len(inside)
             if self._waiting > self._limit:
                 self._spill()
-        return above, equal
+        return Tally(above, higher, equal)
 
     def find(self, rank: int) -> tuple[int, int | None, int, int]:
         """Where the `rank`-th largest key of the window lies: (low, high, keys of the window above high, keys between).
@@ -94,35 +108,54 @@ class Window:
         """
         if self.low == self.high:
             return self.low, self.low, 0, self.count
-        if self._bins is None:
-            keys = np.sort(np.concatenate(self._gathered))
-            key = int(keys[len(keys) - rank])
-            first, after = (int(np.searchsorted(keys, key, side)) for side in ("left", "right"))
-            return key, key, len(keys) - after, after - first
+        if self._bins is None and self._distinct is None:
+            keys = np.concatenate(self._gathered)
+            key = int(np.partition(keys, len(keys) - rank)[len(keys) - rank])
+            return key, key, int(np.count_nonzero(keys > key)), int(np.count_nonzero(keys == key))
         self._spill()
+        if self._distinct is not None:
+            keys, counts = self._distinct
+            at_least = np.cumsum(counts[::-1])
+            place = int(np.searchsorted(at_least, rank))
+            key, inside = int(keys[::-1][place]), int(counts[::-1][place])
+            return key, key, int(at_least[place]) - inside, inside
+        assert self._bins is not None
         at_least = np.cumsum(self._bins[::-1])
         place = int(np.searchsorted(at_least, rank))
         number = len(self._bins) - 1 - place
         low = self.low + (number << self._shift)
         high = min(low + (1 << self._shift) - 1, self._end())
         inside = int(self._bins[number])
-        return low, high, int(at_least[place]) - inside, inside
+        open_end = self.high is None and low < high == self._end()
+        return low, None if open_end else high, int(at_least[place]) - inside, inside
 
     def _end(self) -> int:
         return _top(self.dtype) if self.high is None else self.high
 
     def _spill(self) -> None:
-        """Count the gathered keys in bins of 2**shift keys each."""
+        """Put the gathered keys away: as distinct keys with their counts while these are few (differences of numbers of
+        low precision), else in bins of 2**shift keys each."""
+        keys, counts = np.unique(np.concatenate(self._gathered or [np.empty(0, self.dtype)]), return_counts=True)
+        self._gathered = []
+        self._waiting = 0
         if self._bins is None:
+            if self._distinct is not None:
+                keys, places = np.unique(np.concatenate([self._distinct[0], keys]), return_inverse=True)
+                counts = _totals(places, np.concatenate([self._distinct[1], counts]), len(keys))
+            if len(keys) <= self._limit // 2:
+                self._distinct = keys, counts
+                return
+            self._distinct = None
             span = self._end() - self.low + 1
             while -(-span >> self._shift) > self._limit:
                 self._shift += 1
             self._bins = np.zeros(((span - 1) >> self._shift) + 1, dtype=np.int64)
-        if self._gathered:
-            numbers = (np.concatenate(self._gathered) - self.low) >> self._shift
-            self._bins += np.bincount(numbers, minlength=len(self._bins))
-        self._gathered = []
-        self._waiting = 0
+        self._bins += _totals((keys - self.low) >> self._shift, counts, len(self._bins))
+
+
+def _totals(places: NDArray[np.signedinteger], counts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    """How much of `counts` falls on each place; the sums are whole numbers far below 2**53."""
+    return np.bincount(places, weights=counts, minlength=length).astype(np.int64)
 
 
 class Estimate:
@@ -131,16 +164,16 @@ class Estimate:
     def __init__(self, samples: Sequence[tuple[int, Keys]]):
         keys = np.concatenate([keys for _, keys in samples])
         weights = np.repeat([numel / len(keys) for numel, keys in samples], [len(keys) for _, keys in samples])
-        order = np.argsort(keys, kind="stable")[::-1]
+        order = np.argsort(keys)[::-1]
         self._keys = keys[order]
         self._above = np.cumsum(weights[order])
 
     def around(self, rank: int, bias: float) -> tuple[int, int, int | None]:
         """(low, guess, high): the key at `rank` as the sample has it, and a window that holds the true one in all
-        likelihood: six standard errors and a share `bias` of all entries to both sides."""
+        likelihood: 4.5 standard errors and a share `bias` of all entries to both sides."""
         total, sampled = float(self._above[-1]), len(self._keys)
         share = min(1.0, rank / total)
-        margin = total * (bias + 6 * (share * (1 - share) / sampled) ** 0.5 + 2 / sampled)
+        margin = total * (bias + 4.5 * (share * (1 - share) / sampled) ** 0.5 + 2 / sampled)
         low = self._at(rank + margin) if rank + margin < total else 0
         high = self._at(rank - margin) if rank - margin > 0 else None
         top = _top(self._keys.dtype)

@@ -9,6 +9,7 @@ find the place among them. Only whole numbers are added up, so the outcome depen
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,10 +17,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from mergekit_lite.methods.keys import Estimate, Keys, Window, key_value, keys_of, matching
+from mergekit_lite.methods.keys import Estimate, Keys, Tally, Window, key_value, keys_of, matching
 
-LIMIT = 1 << 19  # keys gathered, bins of a window and keys of a sample, at most
-SAMPLED_GRAINS = 64  # grains that the first round looks at in all; at least two of every tensor
+LIMIT = 1 << 19  # keys gathered in a window, and its bins, at most
+SAMPLED = 8  # the part of this limit that a sample is
+SAMPLED_GRAINS = 16  # grains that the first round looks at in all; at least two of every tensor
 PREFIX_BIAS = 0.0025  # how far, as a share of all entries, the start of a tensor may mislead about the rest of it
 STRIDE_BIAS = 0.001  # the same for entries at equal distances in the whole tensor
 
@@ -74,18 +76,15 @@ class _WindowPart:
     def __init__(self, numel: int, targets: Sequence[_Target], stride: int | None):
         self.numel = numel
         self.keys: list[Keys] = []
-        self.above = dict.fromkeys((t.window for t in targets), 0)
-        self.equal = dict(self.above)
+        self.tallies = dict.fromkeys((t.window for t in targets), Tally())
         self._stride = stride
 
     def add(self, xs: Sequence[Tensor], start: int) -> bool:
         keys = keys_of(xs[0])
         if self._stride is not None:
             self.keys.append(keys[-start % self._stride :: self._stride].copy())
-        for window in self.above:
-            above, equal = window.take(keys)
-            self.above[window] += above
-            self.equal[window] += equal
+        for window, tally in self.tallies.items():
+            self.tallies[window] = tally.plus(window.take(keys))
         return False
 
 
@@ -139,6 +138,7 @@ class OrderStatistics:
         self._total = sum(numels)
         self._ties = ties
         self._limit = limit
+        self._sample = max(1, limit // SAMPLED)
         if self._total and not all(1 <= rank <= self._total for rank in ranks):
             raise ValueError(f"ranks {list(ranks)} of {self._total} entries")
         everything = Window(0, None, limit)
@@ -151,10 +151,10 @@ class OrderStatistics:
         if not numel:
             return None
         if self._phase == "sample":
-            budget = max(1, self._limit * numel // self._total)
+            budget = max(1, self._sample * numel // self._total)
             return _SamplePart(numel, budget, max(2, SAMPLED_GRAINS // len(self._numels)))
         if self._phase == "window":
-            stride = max(1, self._total // self._limit) if self._first and self._total > self._limit else None
+            stride = max(1, self._total // self._sample) if self._first and self._total > self._limit else None
             return _WindowPart(numel, [t for t in self._targets if t.key is None], stride)
         if self._phase == "count":
             return _CountPart([_key(t) for t in self._targets if self._straddles(t) and t.equals is None])
@@ -206,19 +206,20 @@ class OrderStatistics:
         missed = []
         for target in [t for t in self._targets if t.key is None]:
             window = target.window
-            above = sum(p.above[window] for p in live)
-            if not above < target.rank <= above + window.count:
+            tally = functools.reduce(Tally.plus, (p.tallies[window] for p in live))
+            left = target.rank - tally.above
+            if not 0 < left <= window.count:
                 missed.append(target)
-                continue
-            low, high, higher, inside = window.find(target.rank - above)
-            if low != high:
-                target.window = Window(low, high, self._limit)
-                continue
-            target.key, target.need, target.equal = low, target.rank - above - higher, inside
-            if len(self._numels) == 1:
-                target.equals = [inside]
-            elif low == window.guess:
-                target.equals = [p.equal[window] if isinstance(p, _WindowPart) else 0 for p in parts]
+            elif window.guess is not None and 0 < left - tally.higher <= tally.equal:
+                target.key, target.need, target.equal = window.guess, left - tally.higher, tally.equal
+                target.equals = [p.tallies[window].equal if isinstance(p, _WindowPart) else 0 for p in parts]
+            else:
+                low, high, higher, inside = window.find(left)
+                if low != high:
+                    target.window = Window(low, high, self._limit)
+                    continue
+                target.key, target.need, target.equal = low, left - higher, inside
+                target.equals = [inside] if len(self._numels) == 1 else None
         if missed and self._first:
             self._estimate(parts, missed, STRIDE_BIAS)
         else:

@@ -31,7 +31,7 @@ class Param:
     """One setting of a method.
 
     `per_input` settings stand beside an input in `of`, or under `with` for all inputs at once. `low` and `high` bound
-    numbers; an `open_` bound itself is not allowed. A `reference` names a model or step that is read as a further input.
+    numbers; an `open_` bound itself is not allowed. A `reference` names a model or step that is a further input.
     """
 
     name: str

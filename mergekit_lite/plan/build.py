@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergekit_lite.checkpoint.meta import Checkpoint
+from mergekit_lite.checkpoint.meta import Checkpoint, TensorMeta
 from mergekit_lite.errors import Problem, RecipeError
 from mergekit_lite.family.family import family_of
 from mergekit_lite.methods.registry import all_methods
@@ -20,7 +21,7 @@ from mergekit_lite.plan.model import Node, Output, Plan, StepView
 from mergekit_lite.plan.order import GRAIN, bytes_read, make_units, peak_bytes, walk
 from mergekit_lite.plan.settings import check_steps, constant
 from mergekit_lite.plan.stack import build_stack
-from mergekit_lite.plan.steps import Source, build_step
+from mergekit_lite.plan.steps import Source, build_step, idle_globs
 from mergekit_lite.recipe.links import final_step, references, unused_steps
 from mergekit_lite.recipe.model import Recipe, Ref, Save, Step
 from mergekit_lite.recipe.value import Curve, Value
@@ -51,13 +52,13 @@ def build_plan(
     builder = Builder(recipe.seed)
     tables = {name: model_table(builder, name, checkpoint) for name, checkpoint in checkpoints.items()}
     views: list[StepView] = []
-    warnings: list[Problem] = []
+    warnings: list[Problem] = [note for checkpoint in checkpoints.values() for note in checkpoint.notes]
     for step in in_order(recipe):
         found = _step(builder, step, methods, tables, problems)
         if found is not None:
             tables[step.name] = found
             views.append(_view(step, found))
-            warnings += _remarks(step, methods[step.use])
+            warnings += [*_remarks(step, methods[step.use]), *idle_globs(step, found)]
     outputs = _outputs(recipe, tables, checkpoints, out, check_output, problems)
     if problems:
         raise RecipeError(problems)
@@ -78,6 +79,7 @@ def build_plan(
         bytes_written=sum(output.nbytes for output in outputs),
         peak_bytes=peak_bytes(units, pools, threads, block, size),
         digest=_digest(recipe, outputs, checkpoints),
+        tied=tuple(pair for checkpoint in checkpoints.values() for pair in tied_pairs(checkpoint)),
         warnings=tuple(warnings),
     )
 
@@ -85,7 +87,7 @@ def build_plan(
 def model_table(builder: Builder, name: str, checkpoint: Checkpoint) -> Table:
     """A checkpoint as a table. Where its configuration ties two tensors, only the canonical one takes part."""
     family = family_of(checkpoint.config, checkpoint.tensors)
-    aliases = {alias for alias, canonical in family.tied if canonical in checkpoint.tensors}
+    aliases = {alias.name for alias, _ in tied_pairs(checkpoint)}
     metas = {key: meta for key, meta in checkpoint.tensors.items() if key not in aliases}
     return Table(
         space="weight",
@@ -96,6 +98,13 @@ def model_table(builder: Builder, name: str, checkpoint: Checkpoint) -> Table:
         family=family,
         quantized="quantization_config" in checkpoint.config,
     )
+
+
+def tied_pairs(checkpoint: Checkpoint) -> list[tuple[TensorMeta, TensorMeta]]:
+    """The tensors (alias, canonical) that the checkpoint stores both of, although its configuration says they are one."""
+    tensors = checkpoint.tensors
+    pairs = family_of(checkpoint.config, tensors).tied
+    return [(tensors[alias], tensors[name]) for alias, name in pairs if alias in tensors and name in tensors]
 
 
 def in_order(recipe: Recipe) -> list[Step]:
@@ -156,7 +165,6 @@ def _outputs(
 ) -> tuple[Output, ...]:
     outputs: list[Output] = []
     places = []
-    text = to_yaml(recipe)
     for save in recipe.saves:
         step = saved_name(recipe, save)
         to = str(out) if out is not None else save.to
@@ -173,6 +181,8 @@ def _outputs(
         elif not table.nodes:
             problems.append(Problem(f"`{step}` has no tensors", save.mark, "look at its inputs with `merge inspect`"))
         else:
+            # The folder stays out of the shards: the same merge gives the same bytes wherever it is put.
+            text = to_yaml(replace(recipe, saves=(replace(save, step=Ref(step, save.mark), to=None),)))
             outputs.append(build_output(to, step, table, save.dtype, save.shard, text))
     if check_output:
         problems += check_places(places, checkpoints)

@@ -9,12 +9,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mergekit_lite.errors import Problem
 from mergekit_lite.plan.model import Plan
 from mergekit_lite.recipe.model import Recipe
-from mergekit_lite.recipe.write import to_yaml
+from mergekit_lite.recipe.write import dump, to_yaml
 
 NAME = "recipe.lock.yaml"
 
@@ -46,9 +44,8 @@ def lock_text(plan: Plan, inputs: Mapping[str, str], shards: Mapping[str, Mappin
             for output in plan.outputs
         ],
     }  # fmt: skip
-    return head + "\n# What this run read and wrote. `merge run` on this file makes the same bytes or says what changed.\n" + yaml.safe_dump(
-        {"lock": lock}, sort_keys=False, width=120
-    )  # fmt: skip
+    note = "# What this run read and wrote. `merge run` on this file makes the same bytes or says what changed."
+    return f"{head}\n{note}\n{dump({'lock': lock})}"
 
 
 def version(distribution: str) -> str:

@@ -116,7 +116,8 @@ class Plan:
     """All that a run does. `digest` names the bytes that come out: same digest, same bytes.
 
     `bytes_read` counts every pass over the inputs, `bytes_written` the shards, `peak_bytes` the anonymous memory that
-    the blocks of `threads` threads need at most.
+    the blocks of `threads` threads need at most. `tied` are pairs of stored tensors (alias, canonical) that must hold the
+    same numbers, since the configuration says that they are one: only the canonical one is merged.
     """
 
     recipe: Recipe
@@ -129,4 +130,5 @@ class Plan:
     bytes_written: int
     peak_bytes: int
     digest: str
+    tied: tuple[tuple[TensorMeta, TensorMeta], ...] = ()
     warnings: tuple[Problem, ...] = field(default=())

@@ -13,6 +13,7 @@ from mergekit_lite.plan.graph import Builder, PoolConflict, Table
 from mergekit_lite.plan.model import Node
 from mergekit_lite.plan.settings import Unset, resolve
 from mergekit_lite.recipe.model import Step
+from mergekit_lite.recipe.value import glob_matches
 
 SHOWN = 3  # tensor names that one finding lists before it only counts
 
@@ -92,6 +93,21 @@ def build_step(
             message = f"{conflict} measures all tensors at once, so its settings cannot differ between tensors"
             faults.add(message, step.use_mark, "use `scope: tensor`, or one value without globs and curves", name)
     return replace(empty, nodes=nodes, dtypes=dtypes), faults.problems()
+
+
+def idle_globs(step: Step, table: Table) -> list[Problem]:
+    """Globs in the step's settings that match no tensor: most often a typing error, which would go unseen."""
+    values = [*step.params.items(), *(pair for item in step.of for pair in item.params.items())]
+    return [
+        Problem(
+            f"`{rule.glob}` matches no tensor, so this value of `{param}` is never used",
+            rule.mark,
+            "`merge inspect --tensors` shows the names; `*` stands for any text, dots included",
+        )
+        for param, value in values
+        for rule in value.rules
+        if rule.glob is not None and not any(glob_matches(rule.glob, name) for name in table.nodes)
+    ]
 
 
 def _labels(sources: Sequence[Source], base: Source | None) -> list[str]:

@@ -50,11 +50,11 @@ def final_step(recipe: Recipe) -> str:
     if len(ends) == 1:
         return ends[0]
     mark = next((save.mark for save in recipe.saves if save.step is None), None)
-    raise RecipeError(no_single_end(ends, bool(recipe.steps), mark))
+    raise RecipeError(no_single_end(ends, mark))
 
 
 def ends_of(uses: Mapping[str, Sequence[str]], mentioned: Mapping[str, set[str]]) -> list[str]:
-    """The steps that no other uses, in the order of the text.
+    """The steps that no other uses, in the order of the text: at least one where there are steps and no cycles.
 
     `uses` maps each step to the names it refers to, `mentioned` to the texts in its settings. The latter decide only
     where the former leave several ends, so that a word such as `largest` cannot hide a step of that name.
@@ -67,12 +67,10 @@ def ends_of(uses: Mapping[str, Sequence[str]], mentioned: Mapping[str, set[str]]
     return ends
 
 
-def no_single_end(ends: Sequence[str], any_steps: bool, mark: Mark | None) -> Problem:
+def no_single_end(ends: Sequence[str], mark: Mark | None) -> Problem:
     """The finding that a save without `step` cannot tell what to write."""
-    if not any_steps:
-        return Problem("there is no step to save", mark, "add a step under `steps`, or name a model in `save.step`")
     if not ends:
-        return Problem("every step is used by another one, so none is the last", mark, "name one in `save.step`")
+        return Problem("there is no step to save", mark, "add a step under `steps`, or name a model in `save.step`")
     names = ", ".join(f"`{name}`" for name in ends)
     hint = f"name the one to save, for example `save: {{step: {ends[-1]}, to: out/{ends[-1]}}}`"
     return Problem(f"{len(ends)} steps are used by no other: {names}", mark, hint)

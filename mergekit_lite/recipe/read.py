@@ -128,9 +128,9 @@ class _Reader:
         steps_sound = len(self.problems) == sound
         saves = tuple(read_saves(root.get("save"), root.mark, self.ref, self.problems))
         self.missing()
-        self.cycles(uses)
-        if steps_sound and any(save.step is None for save in saves):
-            self.end(uses, steps, next(save.mark for save in saves if save.step is None))
+        unnamed = next((save.mark for save in saves if save.step is None), None)
+        if not self.cycles(uses) and steps_sound and unnamed is not None:
+            self.end(uses, steps, unnamed)
         return Recipe(self.models, steps, saves, seed, file, text, 1, compute, overrides, lock)
 
     def add(self, message: str, mark: Mark, hint: str | None) -> None:
@@ -201,10 +201,11 @@ class _Reader:
         """The reference that `node` writes; `what` names it in a message."""
         value = node.value if isinstance(node, ScalarNode) else None
         if not isinstance(value, str) or not value.strip():
-            quote = f'; quotes make a name of it: `"{value}"`' if isinstance(value, int | float) else ""
-            self.add(
-                f"{what} must name a model or a step, not {describe(node)}", node.mark, f"for example `math`{quote}"
-            )
+            hint = "for example `math`"
+            if isinstance(value, int | float):
+                spelling = node.mark.text[node.mark.column - 1 :][: node.mark.length]
+                hint += f'; quotes make a name of it: `"{spelling}"`'
+            self.add(f"{what} must name a model or a step, not {describe(node)}", node.mark, hint)
             return None
         if "/" in value and value not in self.names and value not in self.models:
             self.locate(value, value, node.mark, node.mark)
@@ -233,20 +234,21 @@ class _Reader:
                 )
             self.add(f"there is no model or step `{ref.name}`", ref.mark, hint)
 
-    def cycles(self, uses: dict[str, list[Ref]]) -> None:
-        for path in cycles({name: [ref.name for ref in refs] for name, refs in uses.items()}):
+    def cycles(self, uses: dict[str, list[Ref]]) -> bool:
+        """Report every circle of steps; whether there is one."""
+        found = cycles({name: [ref.name for ref in refs] for name, refs in uses.items()})
+        for path in found:
             mark = next(ref.mark for ref in uses[path[0]] if ref.name == path[1])
-            self.add(
-                f"steps use one another in a circle: {' -> '.join(path)}", mark, "a step can use earlier results only"
-            )
+            way = " -> ".join(path)
+            self.add(f"steps use one another in a circle: {way}", mark, "a step cannot need its own result")
+        return bool(found)
 
     def end(self, uses: dict[str, list[Ref]], steps: dict[str, Step], mark: Mark) -> None:
         """Report a save without `step` where more or less than one step is unused by others."""
         names = {name: [ref.name for ref in refs] for name, refs in uses.items()}
         ends = ends_of(names, {name: mentions(step.params) for name, step in steps.items()})
-        if len(ends) != 1 and not (ends == [] and cycles(names)):
-            problem = no_single_end(ends, bool(steps), mark)
-            self.problems.append(problem)
+        if len(ends) != 1:
+            self.problems.append(no_single_end(ends, mark))
 
 
 def _foreign(root: MapNode) -> Problem:

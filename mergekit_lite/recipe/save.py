@@ -104,7 +104,7 @@ def _mark_of(node: MapNode) -> Mark:
 
 
 def _check_folders(saves: Sequence[Save], problems: list[Problem]) -> None:
-    """Report saves into one folder, or into a folder inside another save's. Paths are compared as text, `..` resolved."""
+    """Report saves into one folder, or into a folder inside another save's. Paths count as text, `..` resolved."""
     taken: dict[Path, Save] = {}
     above: dict[Path, Save] = {}
     for save in saves:

@@ -186,9 +186,8 @@ class _Builder:
         if _SURROGATE.search(event.value):
             self.problems.append(Problem("this text holds half a character", mark, "write `\\U0001F600`, not a pair"))
             return ScalarNode("", mark)
-        plain = event.implicit[0] and event.style is None
         try:
-            return ScalarNode(plain_value(event.value) if plain else event.value, mark)
+            return ScalarNode(plain_value(event.value) if event.style is None else event.value, mark)
         except ValueError as error:
             self.problems.append(Problem(f"this number has {error}", mark, "quotes make a text of it"))
             return ScalarNode(0, mark)
@@ -231,7 +230,7 @@ class _Builder:
             self.problems.append(Problem("a key must be text, not a list or a mapping", mark, "give the key a name"))
             return None
         spelling = event.value if isinstance(event, yaml.ScalarEvent) else str(node.value)
-        if spelling == "<<" and isinstance(event, yaml.ScalarEvent) and event.implicit[0]:
+        if spelling == "<<" and isinstance(event, yaml.ScalarEvent) and event.style is None:
             hint = "write the settings out, or repeat a whole value with `&name` and `*name`"
             self.problems.append(Problem("merge keys (`<<`) are not read", mark, hint))
             return None

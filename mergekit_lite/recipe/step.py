@@ -76,7 +76,10 @@ class StepReader:
             return MISSING[0]
         if isinstance(node, ScalarNode) and isinstance(node.value, str) and node.value in MISSING:
             return node.value
-        hint = "error: stop; base: take the base's tensor; skip: merge the others; zero_delta: no change from the base"
+        hint = (
+            "where inputs lack a tensor, `error` stops, `base` keeps the base's, `skip` leaves it out and `zero_delta` "
+            "takes the base's for the input that lacks it"
+        )
         self.add(f"`missing` must be one of {', '.join(MISSING)}, not {describe(node)}", node.mark, hint)
         return MISSING[0]
 

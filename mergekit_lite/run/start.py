@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mergekit_lite.checkpoint.meta import TensorMeta
+from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.writer import free_bytes
-from mergekit_lite.errors import StoppedError
+from mergekit_lite.errors import InputError, Problem, StoppedError
 from mergekit_lite.plan.model import Plan
 from mergekit_lite.run.journal import NAME, Done, Journal
 from mergekit_lite.run.sink import Files, partial
@@ -57,6 +59,31 @@ def open_run(plan: Plan, resume: bool) -> Iterator[tuple[Files, Journal, Done]]:
     finally:
         files.close()
         journal.close()
+
+
+def check_tied(plan: Plan, reader: Reader) -> None:
+    """Refuse checkpoints that store two tensors with different numbers where their configuration says that the two are
+    one: merging either would change the model in silence. Raises InputError with all of them."""
+    problems = []
+    for alias, canonical in plan.tied:
+        if alias.nbytes != canonical.nbytes or not _same_bytes(alias, canonical, reader):
+            message = f"`{alias.name}` and `{canonical.name}` differ, but the configuration ties them ({alias.file})"
+            hint = "set `tie_word_embeddings` to false in config.json if they are two tensors, or remove the first one"
+            problems.append(Problem(message, None, hint))
+    if problems:
+        raise InputError(problems)
+
+
+def _same_bytes(one: TensorMeta, other: TensorMeta, reader: Reader) -> bool:
+    size = 1 << 20
+    ours, theirs = bytearray(size), bytearray(size)
+    for start in range(0, one.nbytes, size):
+        stop = min(one.nbytes, start + size)
+        for meta, buffer in ((one, ours), (other, theirs)):
+            reader.read_bytes(meta, start, stop, memoryview(buffer)[: stop - start])
+        if ours != theirs:
+            return False
+    return True
 
 
 def _head(plan: Plan) -> dict[str, Any]:

@@ -1,0 +1,128 @@
+"""`merge diff`: how two checkpoints differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mergekit_lite.cli import bar, options, show
+
+if TYPE_CHECKING:
+    from mergekit_lite.report.diff import Comparison, Gap, TensorDiff
+
+ROWS = 30  # tensors that are shown where `--limit` does not say
+KEYS = 30  # keys of config.json that are shown
+WORDS = {
+    "same": "same",
+    "differs": "differ",
+    "dtype": "in another dtype",
+    "shape": "of another shape",
+    "only_a": "only in A",
+    "only_b": "only in B",
+}
+
+
+class Order(str, Enum):
+    """What stands first."""
+
+    max = "max"
+    rel = "rel"
+    name = "name"
+
+
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.", show_default=False)],
+    everything: Annotated[bool, typer.Option("--all", help="Show tensors that are the same, too.")] = False,
+    sort: Annotated[
+        Order, typer.Option("--sort", help="By the largest |a-b|, by ||a-b|| / ||a||, or by name.")
+    ] = Order.max,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit", metavar="N", min=0, help=f"Tensors to show, 0 for all; {ROWS} if left out.", show_default=False
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", metavar="X", min=0.0, help="The largest |a-b| that counts as equal.")
+    ] = 0.0,
+    offline: options.Offline = False,
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Compare two checkpoints, tensor by tensor. Leaves with 0 where they are equal, with 1 where not.
+
+    Equal are the same bits, or with --tolerance numbers as near as that, whatever the dtype. Differences of config.json
+    count too, save for what transformers notes about itself. The checkpoints may be sharded differently.
+    """
+    from mergekit_lite import merge
+    from mergekit_lite.report.diff import diff as compare
+    from mergekit_lite.report.look import open_location
+
+    left, right = open_location(a, offline), open_location(b, offline)
+    with bar.reading("compare", sum(meta.nbytes for meta in left.tensors.values())) as advance:
+        found = compare(left, right, tolerance=tolerance, threads=threads or merge.default_threads(), advance=advance)
+    ranked = found.ranked(sort.value, everything)
+    if json:
+        chosen = ranked[: limit or None]
+        show.json({**found.as_json(), "tensors": [tensor.as_json() for tensor in chosen]})
+    else:
+        _show(found, ranked, ROWS if limit is None else limit)
+    show.warnings([*left.notes, *right.notes])
+    for side in found.lacks_config:
+        show.note(f"`{side}` has no config.json: only the weights are compared")
+    if not found.equal:
+        raise typer.Exit(1)
+
+
+def _show(found: Comparison, ranked: Sequence[TensorDiff], limit: int) -> None:
+    chosen = ranked[: limit or None]
+    if chosen:
+        columns = ["tensor", "what", "max |a-b|", "relative", "cosine", "differing"]
+        show.table(columns, [_row(tensor) for tensor in chosen], right=columns[2:])
+        if len(chosen) < len(ranked):
+            show.note(f"{len(ranked) - len(chosen):,} more: `--limit 0` shows all")
+        show.line()
+    if found.config:
+        rows = [[entry.key, entry.a or "-", entry.b or "-"] for entry in found.config[:KEYS]]
+        show.table(["config.json", "A", "B"], rows)
+        if len(found.config) > KEYS:
+            show.note(f"{len(found.config) - KEYS:,} more: `--json` gives all")
+        show.line()
+    show.line(_summary(found))
+
+
+def _row(tensor: TensorDiff) -> list[str]:
+    numbers = _numbers(tensor.gap, tensor.a.numel if tensor.a is not None else 0)
+    return [tensor.name, _what(tensor), *numbers]
+
+
+def _what(tensor: TensorDiff) -> str:
+    a, b = tensor.a, tensor.b
+    if a is not None and b is not None and tensor.state == "shape":
+        return f"shape {show.shape(a.shape)} | {show.shape(b.shape)}"
+    if a is not None and b is not None and tensor.state == "dtype":
+        return f"dtype {a.dtype} | {b.dtype}"
+    return "differs" if tensor.state == "differs" else WORDS[tensor.state]
+
+
+def _numbers(gap: Gap | None, numel: int) -> list[str]:
+    if gap is None:
+        return ["-"] * 4
+    differing = f"{gap.differing:,}/{numel:,}" + (f" ({gap.undefined:,} NaN or inf)" if gap.undefined else "")
+    return [f"{gap.max_abs:.4g}", f"{gap.relative:.4g}", f"{gap.cosine:.6f}", differing]
+
+
+def _summary(found: Comparison) -> str:
+    """`equal · 291 tensors · 291 same`."""
+    parts = ["equal" if found.equal else "not equal", show.count(len(found.tensors), "tensor")]
+    parts += [f"{number:,} {WORDS[state]}" for state, number in found.counts.items()]
+    if found.tolerance and set(found.counts) != {"same"}:
+        within = sum(tensor.state != "same" and tensor.within(found.tolerance) for tensor in found.tensors)
+        parts.append(f"{within:,} of them within {found.tolerance:g}")
+    if found.config:
+        parts.append(f"{show.count(len(found.config), 'key')} of config.json")
+    return " · ".join(parts)

@@ -1,0 +1,85 @@
+"""`merge doctor`: whether this machine is ready, or whether checkpoints are whole and sound."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mergekit_lite.cli import bar, options, show
+
+if TYPE_CHECKING:
+    from mergekit_lite.report.check import Check
+
+STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+
+def doctor(
+    checkpoints: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CHECKPOINT]...", help="Folders, files or Hub ids.", show_default=False),
+    ] = None,
+    offline: options.Offline = False,
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Check this machine or, where named, checkpoints. Leaves with 1 where a check fails.
+
+    Of a checkpoint all weights are read: headers, index, configuration, layers, tied tensors, tokenizer, NaN and
+    infinities; of an output of this program also whether its files are those that its lock names.
+    """
+    from mergekit_lite import merge
+
+    count = threads or merge.default_threads()
+    found: dict[str, list[Check]] = {}
+    if not checkpoints:
+        from mergekit_lite.report.environment import environment
+
+        colours = show.console().color_system is not None
+        found[""] = list(environment(colours, count, Path.cwd()))
+        if not json:
+            for check in found[""]:
+                _show(check)
+    for location in dict.fromkeys(checkpoints or ()):
+        found[location] = _checkpoint(location, offline, count, quiet=json)
+    failed = sum(check.verdict == "fail" for checks in found.values() for check in checks)
+    warned = sum(check.verdict == "warn" for checks in found.values() for check in checks)
+    if json:
+        places = {place: [check.as_json() for check in checks] for place, checks in found.items()}
+        verdict = "fail" if failed else "warn" if warned else "ok"
+        what = {"checkpoints": places} if checkpoints else {"environment": places[""]}
+        show.json({"verdict": verdict, **what})
+    else:
+        show.line(f"{show.count(failed, 'failure')}, {show.count(warned, 'warning')}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _checkpoint(location: str, offline: bool, threads: int, quiet: bool) -> list[Check]:
+    """The checks of one checkpoint, each shown as soon as it is done."""
+    from mergekit_lite.report.health import health
+
+    found: list[Check] = []
+    if not quiet:
+        show.line(location, "bold")
+    with contextlib.ExitStack() as display:
+
+        def start(total: int) -> Callable[[int], None]:
+            return display.enter_context(bar.reading("read", total))
+
+        for check in health(location, offline=offline, threads=threads, start=start):
+            # The bar goes before a line is printed over it.
+            display.close()
+            found.append(check)
+            if not quiet:
+                _show(check)
+    return found
+
+
+def _show(check: Check) -> None:
+    show.line(f"  {check.verdict:<5} {check.name:<16} {check.detail}", STYLES[check.verdict])
+    if check.hint and check.verdict != "ok":
+        show.line(f"{'':<25}hint: {check.hint}")

@@ -1,0 +1,134 @@
+"""`merge inspect`: what a checkpoint is and what numbers it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mergekit_lite.cli import bar, options, show
+
+if TYPE_CHECKING:
+    from mergekit_lite.checkpoint.meta import Checkpoint
+    from mergekit_lite.report.look import Look
+    from mergekit_lite.report.stats import Stats
+
+STATS = ("nan", "+inf", "-inf", "zeros", "min", "max", "mean", "std")
+SHOWN = 8  # shards that are listed before they are only counted
+
+
+def inspect(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A folder, a file or a Hub id.", show_default=False)
+    ],
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Read all weights and count NaN, infinities, zeros; give range, mean, std.")
+    ] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    offline: options.Offline = False,
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Show what a checkpoint holds: family, layers, sizes, dtypes, tied tensors.
+
+    Reads headers and config.json only, unless --stats is given. Statistics are those of the finite numbers, in float64;
+    std is that of the whole population.
+    """
+    from mergekit_lite import merge
+    from mergekit_lite.report.look import look, open_location
+
+    opened = open_location(checkpoint, offline)
+    seen = look(opened)
+    found = _measure(opened, threads or merge.default_threads()) if stats else None
+    if json:
+        show.json(_as_json(opened, seen, tensors, found))
+    else:
+        for name, text in _summary(seen):
+            show.line(f"{name:<14}{text}")
+        if tensors or found is not None:
+            show.line()
+            _table(opened, tensors, found)
+    show.warnings(seen.notes)
+
+
+def _measure(opened: Checkpoint, threads: int) -> dict[str, Stats | None]:
+    from mergekit_lite.report.stats import measure, over
+
+    with bar.reading("read", sum(meta.nbytes for meta in opened.tensors.values())) as advance:
+        return {meta.name: stats for meta, stats in over(opened, measure, threads, advance)}
+
+
+def _summary(seen: Look) -> Iterator[tuple[str, str]]:
+    """The lines at the top, those that say something."""
+    yield "checkpoint", seen.location + (f" at {seen.revision}" if seen.revision else "")
+    kinds = [f"model type {seen.model_type}"] if seen.model_type else []
+    yield "family", " · ".join([seen.family, *kinds, *seen.architectures])
+    for stack in seen.stacks:
+        other = f" ({stack.key} states {stack.stated})" if stack.stated not in (None, stack.layers) else ""
+        yield "layers", f"{stack.layers} in {stack.name}{other}"
+    yield "tensors", f"{seen.tensors:,}"
+    yield "parameters", f"{seen.parameters:,}" + (f" and {seen.others:,} integers or booleans" if seen.others else "")
+    yield "size", f"{show.size(seen.bytes)} in {show.count(len(seen.shards), 'file')}"
+    for dtype in seen.dtypes:
+        yield "dtype", f"{dtype.dtype} · {show.count(dtype.tensors, 'tensor')} · {show.size(dtype.bytes)}"
+    for shard in seen.shards[:SHOWN]:
+        yield "shard", f"{shard.file} · {show.count(shard.tensors, 'tensor')} · {show.size(shard.bytes)}"
+    if len(seen.shards) > SHOWN:
+        yield "", f"and {len(seen.shards) - SHOWN} more"
+    for tie in seen.tied:
+        yield "tied", f"{tie.alias} = {tie.canonical} · stored: {', '.join(tie.stored) or 'neither'}"
+    for name, number in (("vocabulary", seen.vocabulary), ("hidden size", seen.hidden), ("experts", seen.experts)):
+        if number is not None:
+            yield name, f"{number:,}"
+    if seen.beside:
+        yield "beside", ", ".join(seen.beside)
+
+
+def _table(opened: Checkpoint, tensors: bool, found: Mapping[str, Stats | None] | None) -> None:
+    columns = ["tensor", "shape", "dtype"]
+    columns += ["bytes", "shard"] if tensors else []
+    columns += STATS if found is not None else []
+    rows = []
+    for meta in opened.tensors.values():
+        row = [meta.name, show.shape(meta.shape), meta.dtype]
+        row += [f"{meta.nbytes:,}", Path(meta.file).name] if tensors else []
+        row += _cells(found[meta.name]) if found is not None else []
+        rows.append(row)
+    if found is not None:
+        from mergekit_lite.report.stats import total
+
+        row = ["all floating", "", ""] + (["", ""] if tensors else [])
+        rows.append(row + _cells(total((opened.tensors[name], stats) for name, stats in found.items())))
+    show.table(columns, rows, right=["bytes", *STATS])
+
+
+def _cells(stats: Stats | None) -> list[str]:
+    if stats is None:
+        return ["-"] * len(STATS)
+    counts = (stats.nan, stats.positive_infinity, stats.negative_infinity, stats.zeros)
+    numbers = (stats.min, stats.max, stats.mean, stats.std)
+    return [f"{n:,}" for n in counts] + ([f"{x:.4g}" for x in numbers] if stats.finite else ["-"] * len(numbers))
+
+
+def _as_json(
+    opened: Checkpoint, seen: Look, tensors: bool, found: Mapping[str, Stats | None] | None
+) -> dict[str, object]:
+    """The look; with `--tensors` or `--stats` `list` has an entry for every tensor, with `--stats` `total` the sum."""
+    made = seen.as_json()
+    if tensors or found is not None:
+        entries: list[dict[str, object]] = []
+        for meta in opened.tensors.values():
+            entry: dict[str, object] = {"name": meta.name, "shape": meta.shape, "dtype": meta.dtype}
+            entry |= {"bytes": meta.nbytes, "shard": Path(meta.file).name}
+            if found is not None:
+                stats = found[meta.name]
+                entry["stats"] = None if stats is None else stats.as_json()
+            entries.append(entry)
+        made["list"] = entries
+    if found is not None:
+        from mergekit_lite.report.stats import total
+
+        made["total"] = total((opened.tensors[name], stats) for name, stats in found.items()).as_json()
+    return made

@@ -1,0 +1,193 @@
+"""`merge run`: carry out a recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergekit_lite.cli import options, show
+from mergekit_lite.errors import InterruptedRun, Problem
+
+if TYPE_CHECKING:
+    from mergekit_lite.merge import Result
+    from mergekit_lite.plan.model import Plan
+    from mergekit_lite.run.execute import Progress
+
+SHOWN = 5  # tensors that a warning names before it only counts
+
+
+def run(
+    recipe: options.Recipe,
+    out: options.Out = None,
+    set_: options.Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first NaN or infinity of an input.")] = False,
+    offline: options.Offline = False,
+    threads: options.Threads = None,
+    block: options.Block = None,
+    json: options.Json = False,
+) -> None:
+    """Merge checkpoints as a recipe says.
+
+    The output folder appears when it is whole. A run that stops keeps what it has finished, and the same command with
+    --resume goes on to the same bytes. A lock file is a recipe too: running it tells whether the bytes are the same.
+    """
+    from mergekit_lite import merge
+    from mergekit_lite.plan import explain
+
+    with _terminate_as_interrupt():
+        made = merge.plan(merge.load_recipe(recipe, set_ or ()), out=out, threads=threads, block=block, offline=offline)
+        before = explain.warnings(made)
+        show.warnings(before)
+        with _resumable(), _display() as progress:
+            result = merge.run(made, threads=threads, block=block, resume=resume, strict=strict, progress=progress)
+    found = findings(result)
+    show.warnings(found)
+    if json:
+        show.json(as_json(made, result, [*before, *found]))
+    else:
+        for output in made.outputs:
+            parts = [
+                f"wrote {output.to}",
+                show.count(len(output.shards), "shard"),
+                f"{show.size(output.nbytes)} in {show.seconds(result.seconds)}",
+                f"lock {Path(output.to) / 'recipe.lock.yaml'}",
+            ]
+            show.line(" · ".join(parts))
+    if result.changed:
+        raise typer.Exit(1)
+
+
+def findings(result: Result) -> list[Problem]:
+    """What a finished run has to tell: non-finite numbers, numbers out of range, bytes that a lock does not expect."""
+    found: list[Problem] = []
+    if result.nonfinite:
+        hint = "`--strict` stops there instead"
+        message = f"the inputs hold {show.count(sum(result.nonfinite.values()), 'NaN or infinite number')}"
+        found.append(Problem(f"{message}: {_counted(result.nonfinite)}", None, hint))
+    if result.overflow:
+        hint = "save in bfloat16 or float32, or lower the weights"
+        message = f"{show.count(sum(result.overflow.values()), 'number')} out of the range of the dtype saved in"
+        found.append(Problem(f"{message}: {_counted(result.overflow)}", None, hint))
+    if result.changed:
+        hint = "look at `made_with` in the lock: other versions of this program or of torch may round differently"
+        names = ", ".join(f"`{name}`" for name in result.changed)
+        found.append(Problem(f"the bytes differ from what the lock says: {names}", None, hint))
+    return found
+
+
+def as_json(plan: Plan, result: Result, warnings: list[Problem]) -> dict[str, Any]:
+    """The result of a run as data for JSON. Sizes are bytes, times are seconds."""
+    return {
+        "outputs": [
+            {
+                "to": output.to,
+                "bytes": output.nbytes,
+                "lock": str(Path(output.to) / "recipe.lock.yaml"),
+                "shards": [
+                    {"file": s.file, "bytes": s.nbytes, "sha256": result.shards[output.to][s.file]}
+                    for s in output.shards
+                ],
+            }
+            for output in plan.outputs
+        ],
+        "plan": plan.digest,
+        "seconds": round(result.seconds, 3),
+        "bytes_read": result.bytes_read,
+        "bytes_written": result.bytes_written,
+        "resumed": result.resumed,
+        "nonfinite": dict(result.nonfinite),
+        "overflow": dict(result.overflow),
+        "changed": list(result.changed),
+        "warnings": [problem.as_json() for problem in warnings],
+    }
+
+
+def _counted(found: Any) -> str:
+    """`a (3), b (1) and 7 more`."""
+    names = [f"`{name}` ({number:,})" for name, number in list(found.items())[:SHOWN]]
+    return ", ".join(names) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM stops a run the way Ctrl-C does: what is finished is kept."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread, where no signal arrives
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _resumable() -> Iterator[None]:
+    """Ctrl-C before or after the loop, while files are opened or closed, says what Ctrl-C in the loop says."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRun("stopped by Ctrl-C", hint="the same command with `--resume` goes on") from None
+
+
+@contextlib.contextmanager
+def _display() -> Iterator[Callable[[Progress], None]]:
+    """What to call with the run's progress: a display on a terminal, nothing elsewhere."""
+    console = show.console(stderr=True)
+    if not console.is_terminal:
+        yield lambda progress: None
+        return
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Display
+
+    text = TextColumn("{task.description}", markup=False)
+    behind = TextColumn("{task.fields[detail]}", markup=False)
+    display = Display(text, BarColumn(), behind, TimeRemainingColumn(), console=console, transient=True)
+    tasks: dict[str, Any] = {}
+    began: dict[str, tuple[float, int]] = {}
+
+    def update(progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.phase not in tasks:
+            tasks[progress.phase] = display.add_task(label(progress), total=progress.total, detail="")
+            began[progress.phase] = (now, progress.read)
+        since, read = began[progress.phase]
+        rate = (progress.read - read) / (now - since) if now > since else 0.0
+        detail = detail_of(progress, rate)
+        done = passes(progress)[1] if progress.phase == "measure" else progress.done
+        display.update(tasks[progress.phase], description=label(progress), completed=done, detail=detail)
+
+    with display:
+        yield update
+
+
+def label(progress: Progress) -> str:
+    """What stands before the bar: the step at work, or that its statistics are measured."""
+    return f"measure {progress.step}" if progress.phase == "measure" else progress.step
+
+
+def passes(progress: Progress) -> tuple[int, int]:
+    """Statistics may need several looks at all tensors: which one this is, and how many tensors it has seen."""
+    before, done = divmod(max(0, progress.done - 1), max(1, progress.total))
+    return before + 1, done + 1
+
+
+def detail_of(progress: Progress, rate: float) -> str:
+    """What stands behind the bar: `201/291  shard 2/3  1.9 GB/s`. `rate` is bytes per second."""
+    if progress.phase == "measure":
+        number, done = passes(progress)
+        return f"{done}/{progress.total}  pass {number}  {show.size(rate)}/s"
+    place = f"{progress.tensors}/{progress.all_tensors}  shard {progress.shard}/{progress.shards}"
+    return f"{place}  {show.size(rate)}/s"

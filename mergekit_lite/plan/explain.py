@@ -1,0 +1,258 @@
+"""A plan for people and for programs: as text, as a drawing of its steps, as data for JSON. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mergekit_lite.errors import Problem
+from mergekit_lite.plan.model import Node, Output, OutTensor, Plan, StepView
+from mergekit_lite.plan.words import count, shape, size
+from mergekit_lite.recipe.write import located
+
+LONGEST = 400  # characters of an expression
+
+
+def summary(plan: Plan, threads: int) -> list[str]:
+    """The plan in lines: one for each step, one for what it costs, then every output with its files."""
+    calls = [(step.name, call(step), step.space, count(step.tensors, "tensor")) for step in plan.steps]
+    lines = _aligned(calls)
+    shards = count(sum(len(output.shards) for output in plan.outputs), "shard")
+    costs = [
+        f"read {size(plan.bytes_read)}",
+        f"write {size(plan.bytes_written)} in {shards}",
+        f"peak {size(plan.peak_bytes)}",
+        f"cpu, {count(threads, 'thread')}",
+    ]
+    lines.append("  " + " · ".join(costs))
+    for output in plan.outputs:
+        lines.append(f"{output.to}  from {output.step}")
+        files = [(s.file, size(s.nbytes), count(len(s.tensors), "tensor")) for s in output.shards]
+        lines += [f"  {text}" for text in _aligned(files)]
+    return lines
+
+
+def call(step: StepView) -> str:
+    """`ties(math, code, chat) - base`."""
+    base = f" - {step.base}" if step.base else ""
+    return f"{step.use}({', '.join(step.inputs)}){base}"
+
+
+def tensors(plan: Plan) -> list[tuple[str, ...]]:
+    """A row for each output tensor, in the order of the files: output folder, tensor, shape, dtype, shard, offset of
+    its first byte in the shard, expression."""
+    models = _models(plan)
+    return [
+        (
+            output.to,
+            tensor.name,
+            shape(tensor.shape),
+            tensor.dtype,
+            output.shards[tensor.shard].file,
+            str(tensor.start),
+            expression(tensor, models),
+        )
+        for output in plan.outputs
+        for tensor in output.tensors
+    ]
+
+
+def expression(tensor: OutTensor, models: Mapping[str, str]) -> str:
+    """How a tensor is computed, in words: `add(sparsify(delta(math, base), density=0.2), base)`.
+
+    `models` gives the model's name by the path of a file. A tensor of another name is shown with it: `math:NAME`.
+    Settings with their default are left out; the text ends with `…` after 400 characters.
+    """
+    if tensor.copied:
+        return f"copy of {_load(tensor.node, tensor.name, models)}"
+    text = ""
+    for part in _parts(tensor.node, tensor.name, models):
+        text += part
+        if len(text) > LONGEST:
+            return text[: LONGEST - 1] + "…"
+    return text
+
+
+def plain(value: Any) -> str:
+    """A setting's value as a recipe writes it; equal ones for all inputs as one."""
+    if isinstance(value, tuple):
+        same = len(set(value)) == 1
+        return plain(value[0]) if same else "[" + ", ".join(plain(one) for one in value) + "]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def warnings(plan: Plan) -> list[Problem]:
+    """What stops nothing but deserves a look: in the plan, and in the checkpoints that it reads."""
+    return [*plan.warnings, *(note for checkpoint in plan.checkpoints.values() for note in checkpoint.notes)]
+
+
+def tree(plan: Plan) -> list[str]:
+    """The steps as a tree that hangs from every output folder. A step that comes again refers to its first place."""
+    steps = {step.name: step for step in plan.steps}
+    seen: set[str] = set()
+    lines: list[str] = []
+
+    def grow(name: str, role: str, lead: str, stem: str) -> None:
+        step = steps.get(name)
+        if step is None:
+            lines.append(f"{lead}{name}{role}  {located(plan.recipe.models[name])}".rstrip())
+            return
+        settings = "".join(f" {key}={value}" for key, value in step.params.items())
+        if name in seen:
+            lines.append(f"{lead}{name}{role}  (above)")
+            return
+        seen.add(name)
+        lines.append(f"{lead}{name}{role}  {step.use}{settings}  {step.space}, {count(step.tensors, 'tensor')}")
+        for place, below in enumerate(step.reads):
+            last = place == len(step.reads) - 1
+            grow(below, _role(step, place), stem + ("└─ " if last else "├─ "), stem + ("   " if last else "│  "))
+
+    for output in plan.outputs:
+        lines.append(output.to)
+        grow(output.step, "", "└─ ", "   ")
+    return lines
+
+
+def mermaid(plan: Plan) -> str:
+    """The steps as a Mermaid flowchart: models, steps, output folders. A dotted arrow leads from a base."""
+    lines = ["flowchart LR"]
+    ids: dict[str, str] = {}
+    for number, name in enumerate(plan.checkpoints):
+        ids[name] = f"model{number}"
+        location = located(plan.recipe.models[name])
+        lines.append(f'  {ids[name]}[("{_quoted(name, "" if location == name else location)}")]')
+    for number, step in enumerate(plan.steps):
+        ids[step.name] = f"step{number}"
+        lines.append(f'  {ids[step.name]}["{_quoted(step.name, step.use)}"]')
+    for step in plan.steps:
+        for place, name in enumerate(step.reads):
+            role = _role(step, place)
+            arrow = f"-. {role.strip(' ()')} .->" if role else "-->"
+            lines.append(f"  {ids[name]} {arrow} {ids[step.name]}")
+    for number, output in enumerate(plan.outputs):
+        lines.append(f'  out{number}[/"{_quoted(output.to, size(output.nbytes))}"/]')
+        lines.append(f"  {ids[output.step]} --> out{number}")
+    return "\n".join(lines)
+
+
+def as_json(plan: Plan, threads: int) -> dict[str, Any]:
+    """Everything about the plan as plain data. Sizes and offsets are bytes."""
+    models = _models(plan)
+    return {
+        "digest": plan.digest,
+        "seed": plan.recipe.seed,
+        "compute": plan.recipe.compute,
+        "models": {
+            name: {
+                "location": checkpoint.location,
+                "revision": checkpoint.revision,
+                "tensors": len(checkpoint.tensors),
+                "bytes": sum(meta.nbytes for meta in checkpoint.tensors.values()),
+                "files": [file.path for file in checkpoint.shards],
+            }
+            for name, checkpoint in plan.checkpoints.items()
+        },
+        "steps": [
+            {
+                "name": step.name,
+                "use": step.use,
+                "of": list(step.inputs),
+                "base": step.base,
+                "with": dict(step.params),
+                "space": step.space,
+                "tensors": step.tensors,
+            }
+            for step in plan.steps
+        ],
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "peak_bytes": plan.peak_bytes,
+        "threads": threads,
+        "units": len(plan.units),
+        "outputs": [_output(output, models) for output in plan.outputs],
+        "warnings": [problem.as_json() for problem in warnings(plan)],
+    }
+
+
+def _output(output: Output, models: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "to": output.to,
+        "step": output.step,
+        "bytes": output.nbytes,
+        "config_from": output.donor,
+        "shards": [
+            {
+                "file": shard.file,
+                "bytes": shard.nbytes,
+                "tensors": [
+                    {
+                        "name": tensor.name,
+                        "shape": list(tensor.shape),
+                        "dtype": tensor.dtype,
+                        "start": tensor.start,
+                        "bytes": tensor.nbytes,
+                        "copied": tensor.copied,
+                        "expression": expression(tensor, models),
+                    }
+                    for tensor in shard.tensors
+                ],
+            }
+            for shard in output.shards
+        ],
+    }
+
+
+def _role(step: StepView, place: int) -> str:
+    """What the entry number `place` of a step's `reads` is to the step, where it is no plain input."""
+    if place < len(step.inputs):
+        return ""
+    return " (base)" if step.base and place == len(step.inputs) else " (rest)"
+
+
+def _models(plan: Plan) -> dict[str, str]:
+    """The model that a file belongs to; where two models are one checkpoint, the first of them."""
+    found: dict[str, str] = {}
+    for name, checkpoint in plan.checkpoints.items():
+        for file in checkpoint.shards:
+            found.setdefault(file.path, name)
+    return found
+
+
+def _parts(node: Node, name: str, models: Mapping[str, str]) -> Iterator[str]:
+    """The pieces of an expression, made as they are asked for: a graph of shared nodes may be endless as a text."""
+    if node.method is None:
+        yield _load(node, name, models)
+        return
+    yield f"{node.method.name}("
+    for place, below in enumerate(node.inputs):
+        yield ", " if place else ""
+        yield from _parts(below, name, models)
+    for key, value in node.params:
+        param = node.method.param(key)
+        if param is None or not _is_default(value, param.default):
+            yield f", {key}={plain(value)}"
+    yield ")"
+
+
+def _load(node: Node, name: str, models: Mapping[str, str]) -> str:
+    assert node.load is not None
+    model = models.get(node.load.file, node.load.file)
+    return model if node.load.name == name else f"{model}:{node.load.name}"
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    return all(one == default for one in value) if isinstance(value, tuple) else value == default
+
+
+def _quoted(*texts: str) -> str:
+    """Text for a quoted Mermaid label, one part below the other."""
+    marks = str.maketrans({"#": "#35;", '"': "#quot;", "<": "#lt;", ">": "#gt;", "&": "#amp;", "`": "#96;", "\n": " "})
+    return "<br>".join(text.translate(marks) for text in texts if text)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows as lines with columns of equal width, two blanks between them."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

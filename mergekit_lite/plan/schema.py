@@ -1,0 +1,224 @@
+"""The recipe language as a JSON Schema, for editors: completion, hints and red lines while a recipe is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mergekit_lite.methods.spec import Method, Param
+from mergekit_lite.recipe.read import COMPUTE, NAME
+from mergekit_lite.recipe.save import DTYPES, SHORT_DTYPES, UNITS
+from mergekit_lite.recipe.step import MISSING
+
+Schema = dict[str, Any]
+TEXT: Schema = {"type": "string", "pattern": r"\S"}
+REFERENCE: Schema = {**TEXT, "description": "A model or a step by name; a path or Hub id holds a `/`."}
+_MISSING_HELP = (
+    "What to do with tensors that only some inputs have. error: stop; base: keep the base's tensor; skip: leave them "
+    "out; zero_delta: take the base for the model that lacks it."
+)
+
+
+def schema(methods: Mapping[str, Method]) -> Schema:
+    """The JSON Schema (draft 2020-12) of recipes that use the public ones of `methods`.
+
+    It accepts every recipe that the reader accepts. The reader sees more: references, cycles, spaces, integers written
+    as `1.0`.
+    """
+    public = [method for method in methods.values() if method.public]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "mergekit_lite recipe",
+        "description": "Models to load, steps of work, folders to save.",
+        "type": "object",
+        "properties": {
+            "version": {"const": 1, "description": "The version of the recipe language."},
+            "seed": {
+                "type": "integer",
+                "minimum": 0,
+                "maximum": 2**63 - 1,
+                "default": 0,
+                "description": "Seed of all random masks.",
+            },
+            "compute": {"enum": list(COMPUTE), "default": COMPUTE[0], "description": "The dtype of the arithmetic."},
+            "models": _named(f"^{NAME.pattern}$|/", TEXT, "Checkpoints by name: a path, or a Hub id with @revision."),
+            "steps": _named(f"^{NAME.pattern}$", {"$ref": "#/$defs/step"}, "Steps by name: use a method of inputs."),
+            "save": {
+                "description": "One output folder, or a list of them.",
+                "anyOf": [
+                    {"$ref": "#/$defs/save"},
+                    {"type": "array", "items": {"$ref": "#/$defs/save"}, "minItems": 1, "maxItems": 1},
+                    {"type": "array", "items": {"$ref": "#/$defs/save", "required": ["to"]}, "minItems": 2},
+                ],
+            },
+            "lock": {"type": "object", "description": "What an earlier run noted; `merge run` writes it."},
+        },
+        "required": ["version"],
+        "anyOf": [{"required": ["steps"]}, {"required": ["models"]}, {"required": ["save"]}],
+        "additionalProperties": False,
+        "$defs": {"step": _step(public), "save": _save()},
+    }
+
+
+def _named(pattern: str, item: Schema, description: str) -> Schema:
+    return {
+        "type": "object",
+        "propertyNames": {"pattern": pattern},
+        "additionalProperties": item,
+        "description": description,
+    }
+
+
+def _step(methods: list[Method]) -> Schema:
+    return {
+        "type": "object",
+        "properties": {
+            "use": {
+                "description": "The method.",
+                "oneOf": [{"const": method.name, "description": method.summary} for method in methods],
+            },
+            "of": {"description": "The inputs: one name, a list, or a mapping of names to settings."},
+            "base": {**REFERENCE, "description": "The model that the inputs were fine-tuned from."},
+            "with": {"type": "object", "description": "Settings of the method."},
+            "missing": {"enum": list(MISSING), "default": MISSING[0], "description": _MISSING_HELP},
+            "rest": {**REFERENCE, "description": "The model that gives `stack` the tensors outside the layers."},
+            "like": {**REFERENCE, "description": "Short for `with: {like: NAME}`."},
+        },
+        "required": ["use", "of"],
+        "additionalProperties": False,
+        "allOf": [
+            {"if": {"properties": {"use": {"const": method.name}}, "required": ["use"]}, "then": _use(method)}
+            for method in methods
+        ],
+    }
+
+
+def _use(method: Method) -> Schema:
+    """What a step that uses `method` may hold."""
+    settings = {param.name: _setting(param) for param in method.params}
+    beside = {param.name: settings[param.name] for param in method.per_input}
+    properties: Schema = {
+        "with": {"type": "object", "properties": settings, "additionalProperties": False},
+        "of": _inputs(method, beside),
+    }
+    required: list[str] = []
+    demands: list[Schema] = []
+    if method.base == "no":
+        properties["base"] = False
+    elif method.base == "required" and not method.surrounds:
+        required.append("base")
+    if method.reach != "structure":
+        properties["rest"] = False
+    if method.param("like") is None:
+        properties["like"] = False
+    for param in method.params:
+        if param.required:
+            demands.append({"anyOf": _places(param)})
+    made: Schema = {"properties": properties}
+    return made | ({"required": required} if required else {}) | ({"allOf": demands} if demands else {})
+
+
+def _places(param: Param) -> list[Schema]:
+    """Where a required setting may stand: under `with`, or where it is one per input, beside every input."""
+    name = {"required": [param.name]}
+    places: list[Schema] = [{"properties": {"with": name}, "required": ["with"]}]
+    if param.name == "like":
+        places.append({"required": ["like"]})
+    if param.per_input:
+        listed: Schema = {"type": "array", "items": {"type": "object", **name}}
+        named: Schema = {"type": "object", "additionalProperties": {"type": "object", **name}}
+        places.append({"properties": {"of": {"anyOf": [listed, named]}}})
+    return places
+
+
+def _inputs(method: Method, beside: Schema) -> Schema:
+    low, high = method.inputs
+    listed = {
+        "type": "object",
+        "properties": {"model": REFERENCE, **beside},
+        "required": ["model"],
+        "additionalProperties": False,
+    }
+    settings = {"type": ["object", "null"], "properties": beside, "additionalProperties": False}
+    array: Schema = {"type": "array", "items": {"anyOf": [REFERENCE, listed]}, "minItems": max(1, low)}
+    mapping: Schema = {"type": "object", "additionalProperties": settings, "minProperties": max(1, low)}
+    if high is not None:
+        array["maxItems"] = mapping["maxProperties"] = high
+    return {"anyOf": [*([REFERENCE] if low <= 1 else []), array, mapping]}
+
+
+def _setting(param: Param) -> Schema:
+    """A setting in all its forms: one value, a curve over depth, globs over tensor names."""
+    scalar = _scalar(param)
+    text = f"{param.help} ({param.range_text()})"
+    made: Schema = {"description": text}
+    if not param.required and param.default is not None:
+        made["default"] = param.default
+    if param.kind == "reference":
+        return made | scalar
+    forms = [scalar]
+    if param.kind == "number":
+        forms.append(
+            {
+                "type": "object",
+                "description": "A curve over layer depth.",
+                "properties": {
+                    "across": {"type": "array", "items": scalar, "minItems": 2},
+                    "else": {**scalar, "description": "For tensors outside the layers."},
+                },
+                "required": ["across"],
+                "additionalProperties": False,
+            }
+        )
+    globs: Schema = {
+        "type": "object",
+        "description": "Globs over tensor names; `else` applies last.",
+        "properties": {
+            "else": {"anyOf": list(forms), "description": "For tensors that no glob matches."},
+            "across": False,
+        },
+        "additionalProperties": {"anyOf": list(forms)},
+        "minProperties": 1,
+    }
+    return made | {"anyOf": [*forms, globs]}
+
+
+def _scalar(param: Param) -> Schema:
+    if param.kind == "choice":
+        return {"enum": list(param.choices)}
+    if param.kind == "flag":
+        return {"type": "boolean"}
+    if param.kind == "reference":
+        return TEXT
+    if param.kind == "layers":
+        return {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}
+    made: Schema = {"type": param.kind}
+    if param.low is not None:
+        made["exclusiveMinimum" if param.open_low else "minimum"] = param.low
+    if param.high is not None:
+        made["exclusiveMaximum" if param.open_high else "maximum"] = param.high
+    return made
+
+
+def _save() -> Schema:
+    units = "|".join("".join(f"[{c.upper()}{c.lower()}]" if c.isalpha() else c for c in unit) for unit in UNITS)
+    return {
+        "type": "object",
+        "properties": {
+            "step": {**REFERENCE, "description": "What to save; the last step if left out."},
+            "to": {**TEXT, "description": "The output folder."},
+            "dtype": {
+                "enum": [*DTYPES, *SHORT_DTYPES],
+                "description": "The dtype on disk; the stored ones if left out.",
+            },
+            "shard": {
+                "description": "The most bytes of tensors in one file.",
+                "default": "5GB",
+                "anyOf": [
+                    {"type": "integer", "minimum": 1},
+                    {"type": "string", "pattern": f"^[0-9]{{1,30}}(\\.[0-9]{{1,30}})? ?({units})$"},
+                ],
+            },
+        },
+        "additionalProperties": False,
+    }

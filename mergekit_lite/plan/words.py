@@ -1,0 +1,32 @@
+"""Numbers for people: sizes, counts, durations, shapes. Imports nothing of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units: `13.5 GB`, `987 bytes`."""
+    if nbytes < 1000:
+        return f"{nbytes:.0f} byte" + ("" if round(nbytes) == 1 else "s")
+    power, unit = next(((p, u) for p, u in enumerate(("kB", "MB", "GB"), 1) if nbytes < 999.95 * 1000**p), (4, "TB"))
+    return f"{nbytes / 1000**power:.1f} {unit}"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 shard`, `3 shards`, `1,024 tensors`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def seconds(duration: float) -> str:
+    """`0.4 s`, `14.2 s`, `3 min 5 s`, `1 h 20 min`."""
+    if duration < 59.95:
+        return f"{duration:.1f} s"
+    minutes, rest = divmod(round(duration), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def shape(sizes: Sequence[int]) -> str:
+    """The shape of a tensor: `4096×128`, `scalar`."""
+    return "×".join(map(str, sizes)) or "scalar"
