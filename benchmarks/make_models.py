@@ -1,4 +1,4 @@
-"""Write synthetic Llama checkpoints for benchmarks: a base and fine-tunes of it, bfloat16, about 1.1B parameters each.
+"""Write synthetic Llama checkpoints for benchmarks: a base and fine-tunes of it, bfloat16, 1.1B parameters each.
 
     python benchmarks/make_models.py --out bench --models 3 --layers 22
 

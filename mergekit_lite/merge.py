@@ -127,7 +127,8 @@ def run(
     """Carry out `plan`: write every output folder whole, or leave what is finished in `OUT.partial` for `resume`.
 
     `strict` stops at the first non-finite number of an input. Raises StoppedError where the run cannot go on (the disk
-    is full, another run writes there), InputError where an input has changed or cannot be read, InterruptedRun on Ctrl-C.
+    is full, another run writes there), InputError where an input has changed or cannot be read, InterruptedRun on
+    Ctrl-C.
     """
     from mergekit_lite.checkpoint.reader import Reader
     from mergekit_lite.plan.lock import changed_inputs, changed_outputs, lock_text

@@ -101,7 +101,7 @@ def model_table(builder: Builder, name: str, checkpoint: Checkpoint) -> Table:
 
 
 def tied_pairs(checkpoint: Checkpoint) -> list[tuple[TensorMeta, TensorMeta]]:
-    """The tensors (alias, canonical) that the checkpoint stores both of, although its configuration says they are one."""
+    """The tensors (alias, canonical) that the checkpoint stores both of, while its configuration says they are one."""
     tensors = checkpoint.tensors
     pairs = family_of(checkpoint.config, tensors).tied
     return [(tensors[alias], tensors[name]) for alias, name in pairs if alias in tensors and name in tensors]

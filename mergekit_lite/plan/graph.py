@@ -17,9 +17,9 @@ from mergekit_lite.plan.model import Node
 class Table:
     """A model or the result of a step, tensor by tensor, in the order of the checkpoint it descends from.
 
-    `space` is `weight` or `delta`; `dtypes` are the stored dtypes (safetensors codes) that a save without `dtype` keeps.
-    `donor` is the model that gives configuration and tokenizer, `config` its config.json with a change of depth applied.
-    `quantized` tells that the numbers are codes that need scales, fit for copying only.
+    `space` is `weight` or `delta`; `dtypes` are the stored dtypes (safetensors codes) that a save without `dtype`
+    keeps. `donor` is the model that gives configuration and tokenizer, `config` its config.json with a change of depth
+    applied. `quantized` tells that the numbers are codes that need scales, fit for copying only.
     """
 
     space: str

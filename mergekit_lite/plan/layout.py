@@ -24,8 +24,8 @@ SAVE_DTYPES: Mapping[str, str] = {
 
 
 def build_output(to: str, step: str, table: Table, dtype: str | None, shard: int, recipe_text: str) -> Output:
-    """The files of one `save`. `dtype` (a recipe's name) replaces the stored dtype of tensors that hold numbers to merge;
-    integers, booleans and codes keep theirs. `shard` is the most bytes of tensors in one file."""
+    """The files of one `save`. `dtype` (a recipe's name) replaces the stored dtype of tensors that hold numbers to
+    merge; integers, booleans and codes keep theirs. `shard` is the most bytes of tensors in one file."""
     stored = {name: _out_dtype(table.dtypes[name], dtype) for name in table.nodes}
     sizes = {name: nbytes(node, stored[name]) for name, node in table.nodes.items()}
     groups = _fill(sizes, shard)

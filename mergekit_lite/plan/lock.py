@@ -21,10 +21,16 @@ def lock_text(plan: Plan, inputs: Mapping[str, str], shards: Mapping[str, Mappin
     """The lock of a finished run. `inputs` gives the SHA-256 of every input file by path, `shards` that of every output
     shard by output folder and file name."""
     recipe = plan.recipe
-    pinned = {name: replace(model, revision=plan.checkpoints[name].revision) for name, model in recipe.models.items() if name in plan.checkpoints}  # fmt: skip
+    pinned = {
+        name: replace(recipe.models[name], revision=checkpoint.revision)
+        for name, checkpoint in plan.checkpoints.items()
+    }
     head = to_yaml(replace(recipe, models={**recipe.models, **pinned}))
     lock: dict[str, Any] = {
-        "made_with": {name: version(name) for name in ("mergekit_lite", "torch", "safetensors")} | {"python": platform.python_version()},
+        "made_with": {
+            **{name: version(name) for name in ("mergekit_lite", "torch", "safetensors")},
+            "python": platform.python_version(),
+        },
         "plan": plan.digest,
         "set": list(recipe.overrides),
         "inputs": {
@@ -43,7 +49,7 @@ def lock_text(plan: Plan, inputs: Mapping[str, str], shards: Mapping[str, Mappin
             }
             for output in plan.outputs
         ],
-    }  # fmt: skip
+    }
     note = "# What this run read and wrote. `merge run` on this file makes the same bytes or says what changed."
     return f"{head}\n{note}\n{dump({'lock': lock})}"
 

@@ -87,8 +87,8 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What one thread does in one go: elements [start, stop) of output tensors of one name and shape, `(output, tensor)`
-    each."""
+    """What one thread does in one go: elements [start, stop) of output tensors of one name and shape. `targets` are
+    `(output, tensor)` pairs."""
 
     id: int
     name: str
@@ -116,8 +116,8 @@ class Plan:
     """All that a run does. `digest` names the bytes that come out: same digest, same bytes.
 
     `bytes_read` counts every pass over the inputs, `bytes_written` the shards, `peak_bytes` the anonymous memory that
-    the blocks of `threads` threads need at most. `tied` are pairs of stored tensors (alias, canonical) that must hold the
-    same numbers, since the configuration says that they are one: only the canonical one is merged.
+    the blocks of `threads` threads need at most. `tied` are pairs of stored tensors (alias, canonical) that must hold
+    the same numbers, since the configuration says that they are one: only the canonical one is merged.
     """
 
     recipe: Recipe

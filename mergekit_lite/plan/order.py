@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -69,7 +70,7 @@ def make_units(outputs: Sequence[Output]) -> tuple[Unit, ...]:
         grain = grain_of(nodes)
         step = numel if whole else max(grain, SEGMENT // grain * grain)
         cuts = [*range(0, numel, step), numel] if numel and step else [0, numel]
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             units.append(Unit(len(units), name, start, stop, tuple(targets)))
     return tuple(units)
 

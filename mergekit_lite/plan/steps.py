@@ -180,7 +180,10 @@ def _aligned(
 def _missing_hint(step: Step, base: Source | None, lacking: Source) -> str:
     if base is None or lacking is base:
         return "`missing: skip` in the step leaves such tensors out"
-    return "`missing: base` keeps the base's tensor, `zero_delta` takes the base for the model that lacks it, `skip` leaves it out"
+    return (
+        "`missing: base` keeps the base's tensor, `zero_delta` takes the base for the model that lacks it, "
+        "`skip` leaves it out"
+    )
 
 
 def _unfit(name: str, given: Sequence[Node], sources: Sequence[Source], base: Source | None, faults: Faults) -> bool:

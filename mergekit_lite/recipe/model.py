@@ -68,8 +68,8 @@ class Save:
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """A whole recipe. Mappings keep the order of the text; `text` is the source, kept beside the output. `compute` is
-    the dtype of the arithmetic. `overrides` are the settings that the command line changed (`--set`). `lock` is what an earlier run noted of its inputs and
-    outputs, where the recipe is a lock file."""
+    the dtype of the arithmetic. `overrides` are the settings that the command line changed (`--set`). `lock` is what an
+    earlier run noted of its inputs and outputs, where the recipe is a lock file."""
 
     models: Mapping[str, Model]
     steps: Mapping[str, Step]

@@ -14,7 +14,8 @@ Scalar = float | int | bool | str | None | tuple["Scalar", ...]
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A piecewise linear function of depth: `points` stand at equal distances from the first layer (0) to the last (1)."""
+    """A piecewise linear function of depth: `points` stand at equal distances from the first layer (0) to the last
+    (1)."""
 
     points: tuple[float, ...]
 

@@ -1,4 +1,4 @@
-"""Statistics over all tensors of a step, gathered before the first output byte: one task per tensor, any number of threads."""
+"""Statistics over all tensors of a step, gathered before the first output byte: one task per tensor, many threads."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def measure_pools(
     report: Callable[[str, Node], None],
     found: Callable[[str, Sequence[Any]], None],
 ) -> Stats:
-    """The statistics of every pool, by node id. `known` holds those of an earlier run; `found` is told of new ones, pool
-    by pool; `report` of each finished tensor."""
+    """The statistics of every pool, by node id. `known` holds those of an earlier run; `found` is told of new ones,
+    pool by pool; `report` of each finished tensor."""
     stats: Stats = {}
     for name in known:
         stats.update({node.id: stat for node, stat in zip(pools[name], known[name], strict=True)})

@@ -19,8 +19,11 @@ from mergekit_lite.run.sink import Files, partial
 
 @contextlib.contextmanager
 def open_run(plan: Plan, resume: bool) -> Iterator[tuple[Files, Journal, Done]]:
-    """The files and the journal of a run, ready to write. Raises StoppedError where an unfinished run lies there and
-    `resume` is not asked for, where there is nothing to resume, where the plan has changed, or the disk is too small."""
+    """The files and the journal of a run, ready to write.
+
+    Raises StoppedError where an unfinished run lies there and `resume` is not asked for, where there is nothing to
+    resume, where the plan has changed, or the disk is too small.
+    """
     folder = partial(plan.outputs[0].to)
     started = (folder / NAME).exists()
     if resume and not started:

@@ -82,7 +82,7 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_recipe(path: Path, models: Path, steps: str, to: Path, extra: str = "", save: str = "") -> Path:
-    """A recipe over the models of `write_models`; `extra` are more lines at its top, `save` more settings of the save."""
+    """A recipe over the models of `write_models`; `extra` are lines at its top, `save` more settings of the save."""
     names = ", ".join(f"{name}: {models / name}" for name in ("base", "a", "b", "c"))
     text = f"version: 1\nseed: 3\n{extra}models: {{{names}}}\nsteps:\n  {steps}\nsave: {{to: {to}, step: m{save}}}\n"
     path.write_text(text, encoding="utf-8")

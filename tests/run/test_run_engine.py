@@ -79,13 +79,15 @@ def test_passthrough_copies_every_byte(half_models: Path, tmp_path: Path) -> Non
     merged(write_recipe(tmp_path / "r.yaml", half_models, "m: {use: passthrough, of: a}", tmp_path / "out"))
     ours, theirs = load(tmp_path / "out"), load(half_models / "a")
     assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[name].view(-1).view(torch.uint8), t.view(-1).view(torch.uint8)) for name, t in theirs.items())
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
 
 
 def test_interpolation_ends_are_the_inputs_whatever_the_other_holds(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
-        "version: 1\nmodels: {a: ./a, b: ./b}\nsteps: {m: {use: interpolate, of: [a, b], with: {t: 1}}}\nsave: {to: out}\n"
+        "version: 1\nmodels: {a: ./a, b: ./b}\n"
+        "steps: {m: {use: interpolate, of: [a, b], with: {t: 1}}}\nsave: {to: out}\n"
     )
     sound = torch.randn(7, dtype=torch.float16)
     broken = torch.full((7,), torch.inf, dtype=torch.float16)
@@ -97,7 +99,8 @@ def test_two_saves_share_a_result_and_a_run(models: Path, tmp_path: Path) -> Non
     text = (
         f"version: 1\nmodels: {{{names}}}\nsteps:\n  d: {{use: delta, of: a, base: base}}\n"
         "  half: {use: add, base: base, of: {d: {weight: 0.5}}}\n  whole: {use: add, base: base, of: d}\n"
-        f"save:\n  - {{step: half, to: {tmp_path / 'half'}}}\n  - {{step: whole, to: {tmp_path / 'whole'}, dtype: bfloat16}}\n"
+        f"save:\n  - {{step: half, to: {tmp_path / 'half'}}}\n"
+        f"  - {{step: whole, to: {tmp_path / 'whole'}, dtype: bfloat16}}\n"
     )
     (tmp_path / "r.yaml").write_text(text)
     result = merged(tmp_path / "r.yaml", threads=2)
@@ -118,7 +121,9 @@ def test_in_memory_gives_the_bytes_of_a_run(models: Path, tmp_path: Path) -> Non
     assert all(torch.equal(memory[name], ours[name]) for name in ours)
 
 
-def test_a_stopped_run_goes_on_to_the_same_bytes(half_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    half_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = digests(merged(write_recipe(tmp_path / "r.yaml", half_models, STEPS["ties"], tmp_path / "whole")))
     made = plan(load_recipe(write_recipe(tmp_path / "r.yaml", half_models, STEPS["ties"], tmp_path / "out")), threads=1)
     monkeypatch.setattr(execute, "JOURNAL_SECONDS", 0.0)
