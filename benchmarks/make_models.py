@@ -2,8 +2,8 @@
 
     python benchmarks/make_models.py --out bench --models 3 --layers 22
 
-The base is drawn from N(0, 0.02); a fine-tune moves every weight by N(0, 0.002), rounded to bfloat16, so that deltas are
-as sparse and as full of ties as those of real fine-tunes are.
+The base is drawn from N(0, 0.02); a fine-tune moves every weight by N(0, 0.002), rounded to bfloat16, so that deltas
+are as sparse and as full of ties as those of real fine-tunes are.
 """
 
 from __future__ import annotations

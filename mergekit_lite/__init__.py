@@ -22,6 +22,8 @@ from mergekit_lite.errors import (
 )
 from mergekit_lite.merge import Result, load_recipe, merge_in_memory, plan, run
 
+del mergekit_lite  # the name that the imports of the folders leave behind
+
 __all__ = [
     "InputError",
     "InterruptedRun",

@@ -56,7 +56,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
         problems = [*problems, *check_steps(recipe, all_methods())]
     if problems or recipe is None:
-        raise RecipeError(problems)
+        raise RecipeError(sorted(problems, key=lambda p: (p.mark.line, p.mark.column) if p.mark else (0, 0)))
     return recipe
 
 
@@ -147,6 +147,7 @@ def run(
             raise RecipeError(problems)
     options = Options(count, block or GRAIN, strict, progress)
     with Reader(s for c in plan.checkpoints.values() for s in c.shards) as reader:
+        reader.check()
         check_tied(plan, reader)
         with open_run(plan, resume) as (sink, journal, done):
             findings = execute(plan, reader, sink, journal, done, options)

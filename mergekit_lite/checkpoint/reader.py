@@ -61,6 +61,12 @@ class Reader:
             self._closed = True
             self._drop_idle(0)
 
+    def check(self) -> None:
+        """Raises InputError where a file is not what it was when its header was read."""
+        for path in self._shards:
+            with self._file(path):
+                pass
+
     def read(self, meta: TensorMeta, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor, 1-D in its stored dtype, which must be one of TORCH_DTYPES.
 

@@ -74,4 +74,4 @@ def plan(
     else:
         for text in explain.summary(made, count):
             show.line(text)
-    show.warnings(explain.warnings(made))
+    show.warnings(made.warnings)

@@ -39,11 +39,10 @@ def run(
     --resume goes on to the same bytes. A lock file is a recipe too: running it tells whether the bytes are the same.
     """
     from mergekit_lite import merge
-    from mergekit_lite.plan import explain
 
     with _terminate_as_interrupt():
         made = merge.plan(merge.load_recipe(recipe, set_ or ()), out=out, threads=threads, block=block, offline=offline)
-        before = explain.warnings(made)
+        before = made.warnings
         show.warnings(before)
         with _resumable(), _display() as progress:
             result = merge.run(made, threads=threads, block=block, resume=resume, strict=strict, progress=progress)

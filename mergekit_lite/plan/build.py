@@ -78,7 +78,7 @@ def build_plan(
         bytes_read=bytes_read(units, pools),
         bytes_written=sum(output.nbytes for output in outputs),
         peak_bytes=peak_bytes(units, pools, threads, block, size),
-        digest=_digest(recipe, outputs, checkpoints),
+        digest=_digest(recipe, outputs, pools, checkpoints),
         tied=tuple(pair for checkpoint in checkpoints.values() for pair in tied_pairs(checkpoint)),
         warnings=tuple(warnings),
     )
@@ -167,7 +167,7 @@ def _outputs(
     places = []
     for save in recipe.saves:
         step = saved_name(recipe, save)
-        to = str(out) if out is not None else save.to
+        to = str(out if out is not None else Path(save.to).expanduser()) if out is not None or save.to else None
         if to is None:
             problems.append(Problem("no output folder is named", save.mark, "give `to` under `save`, or `--out DIR`"))
             continue
@@ -178,6 +178,9 @@ def _outputs(
         if table.space != "weight":
             hint = "add it to its base first: `use: add`"
             problems.append(Problem(f"`{step}` is a delta, not a model to save", save.mark, hint))
+        elif table.quantized and save.dtype is not None:
+            hint = "leave out `dtype`: the tensors are copied as they are"
+            problems.append(Problem(f"`{step}` is quantised: its numbers are codes", save.mark, hint))
         elif not table.nodes:
             problems.append(Problem(f"`{step}` has no tensors", save.mark, "look at its inputs with `merge inspect`"))
         else:
@@ -219,11 +222,17 @@ def _shown(value: Value) -> str:
     return ", ".join(f"{rule.glob or 'else'}: {one(rule.value)}" for rule in value.rules)
 
 
-def _digest(recipe: Recipe, outputs: Sequence[Output], checkpoints: Mapping[str, Checkpoint]) -> str:
+def _digest(
+    recipe: Recipe,
+    outputs: Sequence[Output],
+    pools: Mapping[str, Sequence[Node]],
+    checkpoints: Mapping[str, Checkpoint],
+) -> str:
     """SHA-256 over all that decides the bytes: how each tensor is computed, from what, and where it goes."""
     inputs = {file.path: (file.nbytes, file.header_sha256) for c in checkpoints.values() for file in c.shards}
     names: dict[int, str] = {}
-    for node in walk(t.node for o in outputs for t in o.tensors):
+    pooled = [node for members in pools.values() for node in members]
+    for node in walk([*(t.node for o in outputs for t in o.tensors), *pooled]):
         if node.load is not None:
             what: list[Any] = ["load", inputs.get(node.load.file), node.load.name, node.load.dtype]
         else:
@@ -234,4 +243,5 @@ def _digest(recipe: Recipe, outputs: Sequence[Output], checkpoints: Mapping[str,
     files = [
         [[s.file, s.header.hex(), [[t.start, names[t.node.id]] for t in s.tensors]] for s in o.shards] for o in outputs
     ]
-    return hashlib.sha256(json.dumps([ARITHMETIC, GRAIN, recipe.compute, files]).encode()).hexdigest()
+    shared = {pool: [names[node.id] for node in members] for pool, members in pools.items()}
+    return hashlib.sha256(json.dumps([ARITHMETIC, GRAIN, recipe.compute, files, shared]).encode()).hexdigest()

@@ -17,7 +17,9 @@ def check_places(saves: Sequence[tuple[Save, Path]], checkpoints: Mapping[str, C
         target = to.resolve()
         for checkpoint in checkpoints.values():
             folder = checkpoint.folder.resolve() if checkpoint.folder else None
-            if folder is not None and (target == folder or folder in target.parents):
+            # A single file's folder belongs to nobody: an output may lie beside it.
+            alone = Path(checkpoint.location).expanduser().is_file()
+            if folder is not None and not alone and (target == folder or folder in target.parents):
                 message = f"the output `{to}` lies inside the input `{checkpoint.location}`"
                 problems.append(Problem(message, save.mark, "choose a folder outside the inputs"))
                 break
@@ -27,6 +29,9 @@ def check_places(saves: Sequence[tuple[Save, Path]], checkpoints: Mapping[str, C
 
 
 def _occupied(to: Path, mark: Mark) -> list[Problem]:
+    if to.name in ("", ".."):
+        hint = "write the folder's own name, such as `out/merged`"
+        return [Problem(f"the output `{to}` does not end in the name of a folder", mark, hint)]
     for parent in to.parents:
         if parent.exists() and not parent.is_dir():
             return [Problem(f"the output `{to}` lies below a file: `{parent}`", mark, "choose another folder")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mergekit_lite.errors import Problem
 from mergekit_lite.plan.model import Node, Output, OutTensor, Plan, StepView
 from mergekit_lite.plan.words import count, shape, size
 from mergekit_lite.recipe.write import located
@@ -81,11 +80,6 @@ def plain(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def warnings(plan: Plan) -> list[Problem]:
-    """What stops nothing but deserves a look: in the plan, and in the checkpoints that it reads."""
-    return [*plan.warnings, *(note for checkpoint in plan.checkpoints.values() for note in checkpoint.notes)]
 
 
 def tree(plan: Plan) -> list[str]:
@@ -172,7 +166,7 @@ def as_json(plan: Plan, threads: int) -> dict[str, Any]:
         "threads": threads,
         "units": len(plan.units),
         "outputs": [_output(output, models) for output in plan.outputs],
-        "warnings": [problem.as_json() for problem in warnings(plan)],
+        "warnings": [problem.as_json() for problem in plan.warnings],
     }
 
 

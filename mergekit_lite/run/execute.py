@@ -285,9 +285,12 @@ class _Run:
         return found
 
     def _copy(self, unit: Unit, blocks: Blocks) -> None:
+        seen: set[TensorMeta] = set()  # two saves of one tensor count its numbers once
         for output, tensor in unit.targets:
             meta = tensor.node.load
             assert meta is not None
+            dtype = None if meta in seen else TORCH_DTYPES.get(meta.dtype)
+            seen.add(meta)
             bits = DTYPE_BITS[meta.dtype]
             buffer = memoryview(bytearray(min(COPY_BLOCK, (unit.stop - unit.start) * bits // 8)))
             at, end = unit.start * bits // 8, unit.stop * bits // 8
@@ -295,10 +298,9 @@ class _Run:
                 self._check()
                 part = buffer[: min(len(buffer), end - at)]
                 self.source.read_bytes(meta, at, at + len(part), part)
-                if self.options.strict and meta.dtype in TORCH_DTYPES:
-                    values = torch.frombuffer(part, dtype=torch.uint8).view(TORCH_DTYPES[meta.dtype])
-                    if values.is_floating_point():
-                        blocks.watch(meta, values.float())
+                if dtype is not None and dtype.is_floating_point:
+                    for values in torch.frombuffer(part, dtype=torch.uint8).view(dtype).split(COPY_BLOCK // 4):
+                        blocks.watch(meta, values if values.element_size() > 1 else values.float())
                 self.sink.write_bytes(output, tensor, at, part)
                 at += len(part)
 

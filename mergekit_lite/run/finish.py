@@ -52,19 +52,26 @@ def shard_digests(plan: Plan, threads: int) -> dict[str, dict[str, str]]:
 
 def complete(plan: Plan, lock: str) -> None:
     """Put configuration, tokenizer, index, recipe and lock beside the shards, then rename every partial folder to its
-    name. Raises StoppedError where a name has been taken since the plan was made."""
+    name; the one that holds the journal comes last. Raises StoppedError where the disk is full or a name has been taken
+    since the plan was made."""
     for output in plan.outputs:
-        _extras(plan, output, lock)
-    for output in plan.outputs:
+        try:
+            _extras(plan, output, lock)
+            _fsync_folder(partial(output.to))
+        except OSError as fault:
+            hint = "make room on the disk or check it, then go on with `--resume`"
+            raise StoppedError(f"cannot write into `{partial(output.to)}`: {fault.strerror}", hint=hint) from fault
+    for output in reversed(plan.outputs):
         folder, to = partial(output.to), Path(output.to)
-        (folder / JOURNAL).unlink(missing_ok=True)
-        _fsync_folder(folder)
         try:
             os.rename(folder, to)
+            # Only now: a crash before the rename leaves a run that can be resumed.
+            (to / JOURNAL).unlink(missing_ok=True)
+            _fsync_folder(to)
+            _fsync_folder(to.resolve().parent)
         except OSError as fault:
             hint = f"the merged checkpoint is whole in `{folder}`: move it where you want it"
             raise StoppedError(f"cannot rename `{folder}` to `{to}`: {fault.strerror}", hint=hint) from fault
-        _fsync_folder(to.resolve().parent)
 
 
 def _extras(plan: Plan, output: Output, lock: str) -> None:

@@ -1,7 +1,8 @@
 """What is finished, on disk, so that a stopped run goes on where it was.
 
-One JSON object a line. The first names the plan; then come finished statistics and finished units, each written only
-after the bytes it speaks of are safe. A torn last line is what a crash leaves and is dropped.
+One JSON object a line. The first names the plan and comes only once every file has its size; then come the processes
+that worked on it, finished statistics and finished units, each written only after the bytes it speaks of are safe. A torn
+last line is what a crash leaves and is dropped.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,45 +33,51 @@ class Journal:
     """The journal of one run, held under a lock: two runs never write into one output."""
 
     def __init__(self, folder: Path):
+        """Take the journal of a partial folder, making it where there is none. Raises StoppedError where another run
+        holds it or the file system refuses."""
         self.path = folder / NAME
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except OSError as fault:
+            raise _refused(self.path, fault) from fault
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as fault:
-            os.close(self._file)
+            holder = self._holder()
+            self.close()
             hint = "wait for it to end, or give another output folder"
-            raise StoppedError(f"another run is writing into `{folder}`", hint=hint) from fault
+            raise StoppedError(f"another run{holder} is writing into `{folder}`", hint=hint) from fault
+
+    @property
+    def started(self) -> bool:
+        """Whether a plan is named in it: a crash before that leaves files that hold nothing yet."""
+        return b"\n" in self._data()
 
     def begin(self, head: dict[str, Any]) -> None:
         """Start anew with the plan's identity."""
         os.ftruncate(self._file, 0)
-        self._append([head])
+        self._append([head, _process()])
 
     def read(self, head: dict[str, Any]) -> Done | None:
-        """What the journal says is finished; None where it was made by another plan, or by none."""
-        size = os.fstat(self._file).st_size
-        data = os.pread(self._file, size, 0)
-        while len(data) < size:
-            more = os.pread(self._file, size - len(data), len(data))
-            if not more:
-                break
-            data += more
+        """What the journal says is finished; None where another plan made it. Raises StoppedError where a whole line of
+        it is no journal's, which no crash leaves behind."""
+        data = self._data()
         whole = data[: data.rfind(b"\n") + 1]
-        lines = whole.splitlines()
-        try:
-            entries = [json.loads(line) for line in lines]
-        except ValueError:
-            return None
-        if not entries or entries[0] != head:
-            return None
-        if len(whole) < len(data):
-            os.ftruncate(self._file, len(whole))
         done = Done()
-        for entry in entries[1:]:
-            if "pool" in entry:
-                done.pools[entry["pool"]] = entry["stats"]
-            else:
-                done.units[entry["unit"]] = entry
+        try:
+            first, *entries = [json.loads(line) for line in whole.splitlines()]
+            if first != head:
+                return None
+            for entry in entries:
+                if "pool" in entry:
+                    done.pools[entry["pool"]] = entry["stats"]
+                elif "unit" in entry:
+                    done.units[entry["unit"]] = {key: dict(entry[key]) for key in ("nonfinite", "overflow")}
+        except (ValueError, TypeError, KeyError) as fault:
+            hint = f"remove `{self.path.parent}` and start anew"
+            raise StoppedError(f"the journal `{self.path}` is damaged", hint=hint) from fault
+        os.ftruncate(self._file, len(whole))
+        self._append([_process()])
         return done
 
     def units(self, entries: Iterable[tuple[int, dict[str, Any]]]) -> None:
@@ -85,9 +93,37 @@ class Journal:
             os.close(self._file)
             self._file = -1
 
+    def _data(self) -> bytes:
+        parts = []
+        while part := os.pread(self._file, 1 << 20, sum(map(len, parts))):
+            parts.append(part)
+        return b"".join(parts)
+
+    def _holder(self) -> str:
+        """` (process 4711 on host)` of the run that holds the journal, where it says."""
+        for line in reversed(self._data().splitlines()):
+            try:
+                entry = json.loads(line)
+                return f" (process {entry['process']} on {entry['host']})"
+            except (ValueError, TypeError, KeyError):
+                continue
+        return ""
+
     def _append(self, entries: Sequence[dict[str, Any]]) -> None:
         data = "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries).encode()
         view = memoryview(data)
-        while view:
-            view = view[os.write(self._file, view) :]
-        os.fsync(self._file)
+        try:
+            while view:
+                view = view[os.write(self._file, view) :]
+            os.fsync(self._file)
+        except OSError as fault:
+            raise _refused(self.path, fault) from fault
+
+
+def _process() -> dict[str, Any]:
+    return {"process": os.getpid(), "host": socket.gethostname()}
+
+
+def _refused(path: Path, fault: OSError) -> StoppedError:
+    hint = "make room on the disk, or choose a folder that you may write to"
+    return StoppedError(f"cannot write `{path}`: {fault.strerror}", hint=hint)

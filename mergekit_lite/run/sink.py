@@ -47,7 +47,6 @@ class Files:
         """Make and preallocate every file. Raises StoppedError where the disk has no room."""
         for output in self._outputs:
             folder = partial(output.to)
-            folder.mkdir(parents=True, exist_ok=True)
             shards = [ShardFileWriter.create(folder / s.file, s.header, s.nbytes) for s in output.shards]
             self._writers.append(shards)
 

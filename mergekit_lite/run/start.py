@@ -31,16 +31,19 @@ def open_run(plan: Plan, resume: bool) -> Iterator[tuple[Files, Journal, Done]]:
     for output in plan.outputs:
         taken = partial(output.to)
         if not resume and taken.exists() and any(taken.iterdir()):
+            if started:
+                Journal(folder).close()  # says so where that run is still at work
             hint = f"`--resume` goes on with it; to start anew, remove `{taken}` first"
             raise StoppedError(f"`{taken}` holds an unfinished run", hint=hint)
     if not resume:
         _check_room(plan)
-    _make_folder(folder)
+    for output in plan.outputs:
+        _make_folder(partial(output.to))
     journal = Journal(folder)
     files = Files(plan.outputs)
     try:
         head = _head(plan)
-        if resume:
+        if resume and journal.started:
             done = journal.read(head)
             if done is None:
                 hint = f"undo the change, or remove `{folder}` and start anew"

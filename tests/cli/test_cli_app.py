@@ -145,19 +145,19 @@ error: there is no model or step `bsae`
    |           ^^^^
 hint: did you mean `base`?
 
-error: `dtype` must be a floating type, not the text `int8`
-  --> bad.yaml:9:29
-   |
- 9 | save: {to: out/ties, dtype: int8}
-   |                             ^^^^
-hint: known here: `float64`, `float32`, `float16`, `bfloat16`, `float8_e4m3fn`, `float8_e5m2`
-
 error: `ties` has no per-input setting `desnity`
   --> bad.yaml:8:27
    |
  8 |       math: {weight: 1.0, desnity: 0.2}
    |                           ^^^^^^^
 hint: did you mean `density`? `merge methods ties` lists them all
+
+error: `dtype` must be a floating type, not the text `int8`
+  --> bad.yaml:9:29
+   |
+ 9 | save: {to: out/ties, dtype: int8}
+   |                             ^^^^
+hint: known here: `float64`, `float32`, `float16`, `bfloat16`, `float8_e4m3fn`, `float8_e5m2`
 """
     )
 
