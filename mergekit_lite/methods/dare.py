@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 from mergekit_lite.methods.elect import elect
 from mergekit_lite.methods.linear import linear
+from mergekit_lite.methods.match_norm import MATCH, matched
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.sparsify import sparsify
 from mergekit_lite.methods.spec import Call, Param, Params, Slot
+from mergekit_lite.methods.task_arithmetic import NORMALIZE, check_normalize, summed
+from mergekit_lite.methods.ties import upright
 
 DROP = Param(
     "drop_rate", "number", 0.9, "share of this model's delta that is dropped", 0, 1, open_high=True, per_input=True
@@ -24,10 +27,20 @@ def _remark(params: Params, inputs: int) -> str | None:
     return None
 
 
-def _dropped(deltas: Sequence[Call | Slot], drop_rate: Sequence[float], rescale: bool) -> list[Call]:
-    return [
-        sparsify(d, density=1 - rate, keep="random", rescale=rescale) for d, rate in zip(deltas, drop_rate, strict=True)
+def _check(params: Params, inputs: int) -> str | None:
+    if params["rescale"] and params["match_norm"]:
+        return "`rescale` and `match_norm` both scale what is kept: set `rescale: false`"
+    return check_normalize(params, inputs) if "normalize" in params else None
+
+
+def _dropped(
+    deltas: Sequence[Call | Slot], drop_rate: Sequence[float], rescale: bool, match: bool
+) -> list[Call | Slot]:
+    density = [1 - rate for rate in drop_rate]
+    kept: list[Call | Slot] = [
+        sparsify(d, density=share, keep="random", rescale=rescale) for d, share in zip(deltas, density, strict=True)
     ]
+    return matched(kept, deltas, density, match)
 
 
 @method(
@@ -35,20 +48,31 @@ def _dropped(deltas: Sequence[Call | Slot], drop_rate: Sequence[float], rescale:
     DROP,
     RESCALE,
     LAMBDA,
+    NORMALIZE,
+    MATCH,
     takes="delta",
     gives="delta",
     base="required",
     composite=True,
     paper=PAPER,
+    check=_check,
     remark=_remark,
 )
 def dare_linear(
-    *deltas: Call | Slot, weight: Sequence[float], drop_rate: Sequence[float], rescale: bool, lambda_: float
+    *deltas: Call | Slot,
+    weight: Sequence[float],
+    drop_rate: Sequence[float],
+    rescale: bool,
+    lambda_: float,
+    normalize: bool,
+    match_norm: bool,
 ) -> Call:
     """Drop most of every model's changes at random, rescale the rest, add their weighted sum to the base.
 
     out = base + lambda sum_t weight_t m_t (x_t - base) / (1 - drop_rate_t), where every entry of the mask m_t is 1 with
-    probability 1 - drop_rate_t and 0 otherwise. Without `rescale` the division is left out.
+    probability 1 - drop_rate_t and 0 otherwise. Without `rescale` the division is left out; with `match_norm` in its
+    place, what is kept is scaled to the L1 norm that the delta had in this tensor, as public tools do. With `normalize`
+    the sum is divided by sum_t weight_t.
 
     Made of `sparsify` with `keep: random`, and `linear`. Takes one or more models fine-tuned from the base, of one
     shape, and gives that shape, in the dtype of the arithmetic. A drop rate of 0 changes nothing. One-element tensors
@@ -58,12 +82,11 @@ def dare_linear(
 
     Source: Yu et al., Language models are Super Mario (DARE), ICML 2024, arXiv 2311.03099.
     """
-    dropped = _dropped(deltas, drop_rate, rescale)
-    return linear(*dropped, weight=[w * lambda_ for w in weight], normalize=False)
+    return summed(_dropped(deltas, drop_rate, rescale, match_norm), weight, lambda_, normalize)
 
 
 @method(
-    Param("weight", "number", 1.0, "share of this model in the vote and in the mean or sum", low=0, per_input=True),
+    Param("weight", "number", 1.0, "share of this model in the vote and in the mean or sum", per_input=True),
     DROP,
     RESCALE,
     Param("aggregate", "choice", "mean", "how agreeing entries are put together", choices=("mean", "sum", "max")),
@@ -75,11 +98,13 @@ def dare_linear(
         choices=("majority", "positive", "drop"),
     ),
     LAMBDA,
+    MATCH,
     takes="delta",
     gives="delta",
     base="required",
     composite=True,
     paper=PAPER,
+    check=_check,
     remark=_remark,
 )
 def dare_ties(
@@ -90,10 +115,12 @@ def dare_ties(
     aggregate: str,
     zero_sign: str,
     lambda_: float,
+    match_norm: bool,
 ) -> Call:
     """Drop most of every model's changes at random, rescale the rest, then elect signs as TIES does.
 
-    d_t = m_t (x_t - base) / (1 - drop_rate_t) as in `dare_linear`; out = base + lambda elect(d_1, d_2, ...).
+    d_t = m_t (x_t - base) / (1 - drop_rate_t) as in `dare_linear`; out = base + lambda elect(d_1, d_2, ...). A negative
+    weight counts as the opposite delta with a positive one.
 
     Made of `sparsify` with `keep: random`, and `elect`. Takes one or more models fine-tuned from the base, of one
     shape, and gives that shape, in the dtype of the arithmetic. A drop rate of 0 leaves sign election without trimming.
@@ -101,6 +128,6 @@ def dare_ties(
     Source: Yu et al., Language models are Super Mario (DARE), ICML 2024, arXiv 2311.03099; Yadav et al., TIES-Merging,
     NeurIPS 2023, arXiv 2306.01708.
     """
-    dropped = _dropped(deltas, drop_rate, rescale)
+    dropped, weight = upright(_dropped(deltas, drop_rate, rescale, match_norm), weight)
     merged = elect(*dropped, weight=weight, aggregate=aggregate, zero_sign=zero_sign, scope="tensor")
     return linear(merged, weight=lambda_, normalize=False)

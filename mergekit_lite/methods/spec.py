@@ -139,6 +139,11 @@ class Method:
     the plan then subtracts the base from every input and adds the result to it. Any other part with a base (`delta`,
     `add`) gets the base as the last of `xs`; per-input parameters have no entry for it.
 
+    A `reference` parameter names a model or step whose tensors are read as further inputs: `fn` gets them after the
+    inputs and before the base, all of the first such parameter, then all of the next, and never the names. Their shapes
+    may differ from the inputs'. `without(*slots, **params)` is the call for tensors that no reference has;
+    `fits(shapes)` gives what is wrong with the shapes of the inputs and references, in the order of `xs`, or None.
+
     `reach` is one of `Reach`, or a function of the parameters that gives one. `measure(params, inputs, numels)` gives
     a fresh `Measure` (see methods/measure.py) for tensors of these sizes. `pick(params, inputs)` gives the index of
     the input that the call returns unchanged, bit for bit, or None. For both, `inputs` counts `xs`, the base included.
@@ -163,6 +168,8 @@ class Method:
     remark: Callable[[Params, int], str | None] | None = None
     positioned: bool = False
     row_axis: Literal["first", "last"] = "last"
+    without: Callable[..., Any] | None = None
+    fits: Callable[[Sequence[tuple[int, ...]]], str | None] | None = None
     public: bool = True
     doc: str = ""
     module: str = ""

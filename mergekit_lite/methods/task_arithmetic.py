@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from mergekit_lite.methods.linear import linear
 from mergekit_lite.methods.registry import method
-from mergekit_lite.methods.spec import REQUIRED, Call, Param, Slot
+from mergekit_lite.methods.spec import REQUIRED, Call, Param, Params, Slot
+
+NORMALIZE = Param("normalize", "flag", False, "divide the weights by their sum")
+
+
+def check_normalize(params: Params, inputs: int) -> str | None:
+    """What is wrong where weights are normalised that add up to 0."""
+    if params["normalize"] and math.fsum(params["weight"]) == 0:
+        return "the weights add up to 0, so they cannot be normalised: change them, or set `normalize: false`"
+    return None
+
+
+def summed(deltas: Sequence[Call | Slot], weight: Sequence[float], factor: float, normalize: bool) -> Call:
+    """The weighted sum, or mean, of deltas times `factor`."""
+    total = math.fsum(weight) if normalize else 1.0
+    return linear(*deltas, weight=[w * factor / total for w in weight], normalize=False)
 
 
 @method(
     Param("weight", "number", 1.0, "factor of this model's delta; a negative one takes a skill away", per_input=True),
     Param("lambda", "number", REQUIRED, "factor of the sum of all deltas; 0.3 to 0.4 is usual"),
+    NORMALIZE,
     takes="delta",
     gives="delta",
     base="required",
     composite=True,
     paper="Task arithmetic, ICLR 2023, arXiv 2212.04089",
+    check=check_normalize,
 )
-def task_arithmetic(*deltas: Call | Slot, weight: Sequence[float], lambda_: float) -> Call:
+def task_arithmetic(*deltas: Call | Slot, weight: Sequence[float], lambda_: float, normalize: bool) -> Call:
     """Add the weighted sum of the models' changes to the base.
 
-    out = base + lambda sum_t weight_t (x_t - base).
+    out = base + lambda sum_t weight_t (x_t - base), with `normalize` divided by sum_t weight_t.
 
     Made of `delta`, `linear` and `add`. Takes one or more models fine-tuned from the base, of one shape, and gives that
     shape, in the dtype of the arithmetic. Entries that no model has changed are the base's bits. Negative weights take
@@ -29,4 +47,4 @@ def task_arithmetic(*deltas: Call | Slot, weight: Sequence[float], lambda_: floa
 
     Source: Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 2212.04089.
     """
-    return linear(*deltas, weight=[w * lambda_ for w in weight], normalize=False)
+    return summed(deltas, weight, lambda_, normalize)

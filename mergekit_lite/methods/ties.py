@@ -6,13 +6,26 @@ from collections.abc import Sequence
 
 from mergekit_lite.methods.elect import elect
 from mergekit_lite.methods.linear import linear
+from mergekit_lite.methods.match_norm import MATCH, matched
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.sparsify import sparsify
-from mergekit_lite.methods.spec import Call, Param, Slot
+from mergekit_lite.methods.spec import Call, Param, Params, Slot
+
+
+def _check(params: Params, inputs: int) -> str | None:
+    if params["match_norm"] and params["scope"] == "global":
+        return "`match_norm` compares the norms of single tensors, so it does not go with `scope: global`"
+    return None
+
+
+def upright(deltas: Sequence[Call | Slot], weight: Sequence[float]) -> tuple[list[Call | Slot], list[float]]:
+    """The deltas and weights of a vote without negative weights: such a delta takes part as its opposite."""
+    turned = [linear(d, weight=-1.0, normalize=False) if w < 0 else d for d, w in zip(deltas, weight, strict=True)]
+    return turned, [abs(w) for w in weight]
 
 
 @method(
-    Param("weight", "number", 1.0, "share of this model in the vote and in the mean or sum", low=0, per_input=True),
+    Param("weight", "number", 1.0, "share of this model in the vote and in the mean or sum", per_input=True),
     Param("density", "number", 0.2, "share of this model's delta that is kept", 0, 1, open_low=True, per_input=True),
     Param("lambda", "number", 1.0, "factor of the merged delta"),
     Param("scope", "choice", "global", "where magnitudes are ranked", choices=("tensor", "global")),
@@ -25,11 +38,13 @@ from mergekit_lite.methods.spec import Call, Param, Slot
         choices=("auto", "majority", "positive", "drop"),
     ),
     Param("select", "choice", "exact", "`threshold` keeps equal magnitudes together", choices=("exact", "threshold")),
+    MATCH,
     takes="delta",
     gives="delta",
     base="required",
     composite=True,
     paper="TIES, NeurIPS 2023, arXiv 2306.01708",
+    check=_check,
 )
 def ties(
     *deltas: Call | Slot,
@@ -40,13 +55,15 @@ def ties(
     aggregate: str,
     zero_sign: str,
     select: str,
+    match_norm: bool,
 ) -> Call:
     """Keep the largest changes of every model, elect a sign for each entry, merge the models that agree.
 
     1. Trim: of each delta the largest magnitudes, a share of `density` of the whole model (`scope: global`, as in the
        paper) or of each tensor: `sparsify` with `keep: largest`.
+       With `match_norm` what is left is scaled to the L1 norm that the delta had in this tensor.
     2. Elect and merge: `elect`, with the sign s = sgn(sum_t weight_t d_t) and the mean, sum or maximum of the d_t that
-       have this sign.
+       have this sign. A negative weight counts as the opposite delta with a positive one.
     3. out = base + lambda merged.
 
     Takes one or more models fine-tuned from the base, of one shape, and gives that shape, in the dtype of the
@@ -57,9 +74,10 @@ def ties(
     """
     if zero_sign == "auto":
         zero_sign = "majority" if scope == "global" else "positive"
-    trimmed = [
+    trimmed: list[Call | Slot] = [
         sparsify(d, density=share, keep="largest", scope=scope, select=select)
         for d, share in zip(deltas, density, strict=True)
     ]
+    trimmed, weight = upright(matched(trimmed, deltas, density, match_norm), weight)
     merged = elect(*trimmed, weight=weight, aggregate=aggregate, zero_sign=zero_sign, scope=scope)
     return linear(merged, weight=lambda_, normalize=False)

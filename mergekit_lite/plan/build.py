@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,10 @@ from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.layout import build_output
 from mergekit_lite.plan.model import Node, Output, Plan, StepView
 from mergekit_lite.plan.order import GRAIN, bytes_read, make_units, peak_bytes, walk
-from mergekit_lite.plan.settings import check_steps, constant
+from mergekit_lite.plan.settings import check_steps, constant, references_of, statistics
 from mergekit_lite.plan.stack import build_stack
 from mergekit_lite.plan.steps import Source, build_step, idle_globs
-from mergekit_lite.recipe.links import final_step, references, unused_steps
+from mergekit_lite.recipe.links import final_step, unused_steps
 from mergekit_lite.recipe.model import Recipe, Ref, Save, Step
 from mergekit_lite.recipe.value import Curve, Value
 from mergekit_lite.recipe.write import to_yaml
@@ -52,8 +53,9 @@ def build_plan(
     builder = Builder(recipe.seed)
     tables = {name: model_table(builder, name, checkpoint) for name, checkpoint in checkpoints.items()}
     views: list[StepView] = []
-    warnings: list[Problem] = [note for checkpoint in checkpoints.values() for note in checkpoint.notes]
-    for step in in_order(recipe):
+    warnings: list[Problem] = [*recipe.notes]
+    warnings += [note for checkpoint in checkpoints.values() for note in checkpoint.notes]
+    for step in in_order(recipe, methods):
         found = _step(builder, step, methods, tables, problems)
         if found is not None:
             tables[step.name] = found
@@ -107,13 +109,13 @@ def tied_pairs(checkpoint: Checkpoint) -> list[tuple[TensorMeta, TensorMeta]]:
     return [(tensors[alias], tensors[name]) for alias, name in pairs if alias in tensors and name in tensors]
 
 
-def in_order(recipe: Recipe) -> list[Step]:
+def in_order(recipe: Recipe, methods: Mapping[str, Method]) -> list[Step]:
     """The steps that lead to a save, inputs before users. The reader has made sure that there are no cycles."""
     ordered: dict[str, Step] = {}
 
     def visit(name: str) -> None:
         if name in recipe.steps and name not in ordered:
-            for ref in references(recipe.steps[name]):
+            for ref in references_of(recipe.steps[name], methods):
                 visit(ref.name)
             ordered[name] = recipe.steps[name]
 
@@ -129,7 +131,8 @@ def saved_name(recipe: Recipe, save: Save) -> str:
 
 def used_models(recipe: Recipe) -> list[str]:
     """The models that the saves need, in the order of the recipe."""
-    names = {ref.name for step in in_order(recipe) for ref in references(step)}
+    methods = all_methods()
+    names = {ref.name for step in in_order(recipe, methods) for ref in references_of(step, methods)}
     names |= {saved_name(recipe, save) for save in recipe.saves}
     return [name for name in recipe.models if name in names]
 
@@ -138,7 +141,7 @@ def _step(
     builder: Builder, step: Step, methods: Mapping[str, Method], tables: Mapping[str, Table], problems: list[Problem]
 ) -> Table | None:
     """The step's table; None where an input of it has failed, whose faults are known already."""
-    if any(ref.name not in tables for ref in references(step)):
+    if any(ref.name not in tables for ref in references_of(step, methods)):
         return None
     method = methods[step.use]
 
@@ -147,10 +150,12 @@ def _step(
 
     sources = [source(item.ref) for item in step.of]
     if method.reach == "structure":
-        table, found = build_stack(step, sources, source(step.rest) if step.rest else None)
+        others = [source(ref) if ref else None for ref in (step.rest, step.below, step.above)]
+        table, found = build_stack(step, sources, *others)
     else:
         base = source(step.base) if step.base else None
-        table, found = build_step(builder, step, method, sources, base, methods["delta"], methods["add"])
+        further = [source(ref) for ref in statistics(step, method)]
+        table, found = build_step(builder, step, method, sources, base, further, methods["delta"], methods["add"])
     problems += found
     return None if found else table
 
@@ -167,11 +172,11 @@ def _outputs(
     places = []
     for save in recipe.saves:
         step = saved_name(recipe, save)
-        to = str(out if out is not None else Path(save.to).expanduser()) if out is not None or save.to else None
-        if to is None:
+        place = out if out is not None else Path(os.path.expanduser(save.to)) if save.to is not None else None
+        if place is None:
             problems.append(Problem("no output folder is named", save.mark, "give `to` under `save`, or `--out DIR`"))
             continue
-        places.append((save, Path(to)))
+        places.append((save, place))
         table = tables.get(step)
         if table is None:
             continue
@@ -186,7 +191,7 @@ def _outputs(
         else:
             # The folder stays out of the shards: the same merge gives the same bytes wherever it is put.
             text = to_yaml(replace(recipe, saves=(replace(save, step=Ref(step, save.mark), to=None),)))
-            outputs.append(build_output(to, step, table, save.dtype, save.shard, text))
+            outputs.append(build_output(str(place), step, table, save.dtype, save.shard, text))
     if check_output:
         problems += check_places(places, checkpoints)
     return tuple(outputs)
@@ -208,7 +213,7 @@ def _remarks(step: Step, method: Method) -> list[Problem]:
 def _view(step: Step, table: Table) -> StepView:
     shown = {name: _shown(value) for name, value in step.params.items()}
     inputs = tuple(item.ref.name for item in step.of)
-    extra = tuple(ref.name for ref in (step.base, step.rest) if ref is not None)
+    extra = tuple(ref.name for ref in (step.base, step.rest, step.below, step.above) if ref)
     base = step.base.name if step.base else None
     return StepView(step.name, step.use, inputs, base, table.space, len(table.nodes), shown, (*inputs, *extra))
 

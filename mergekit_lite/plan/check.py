@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def check_places(saves: Sequence[tuple[Save, Path]], checkpoints: Mapping[str, C
         for checkpoint in checkpoints.values():
             folder = checkpoint.folder.resolve() if checkpoint.folder else None
             # A single file's folder belongs to nobody: an output may lie beside it.
-            alone = Path(checkpoint.location).expanduser().is_file()
+            alone = os.path.isfile(os.path.expanduser(checkpoint.location))
             if folder is not None and not alone and (target == folder or folder in target.parents):
                 message = f"the output `{to}` lies inside the input `{checkpoint.location}`"
                 problems.append(Problem(message, save.mark, "choose a folder outside the inputs"))

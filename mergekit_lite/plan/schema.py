@@ -82,6 +82,8 @@ def _step(methods: list[Method]) -> Schema:
             "with": {"type": "object", "description": "Settings of the method."},
             "missing": {"enum": list(MISSING), "default": MISSING[0], "description": _MISSING_HELP},
             "rest": {**REFERENCE, "description": "The model that gives `stack` the tensors outside the layers."},
+            "below": {**REFERENCE, "description": "The model that gives `stack` the embeddings, if not `rest`."},
+            "above": {**REFERENCE, "description": "The model that gives `stack` the final norm and head."},
             "like": {**REFERENCE, "description": "Short for `with: {like: NAME}`."},
         },
         "required": ["use", "of"],
@@ -108,7 +110,7 @@ def _use(method: Method) -> Schema:
     elif method.base == "required" and not method.surrounds:
         required.append("base")
     if method.reach != "structure":
-        properties["rest"] = False
+        properties |= {"rest": False, "below": False, "above": False}
     if method.param("like") is None:
         properties["like"] = False
     for param in method.params:

@@ -7,7 +7,8 @@ from typing import Any
 
 from mergekit_lite.errors import Mark, Problem, suggest
 from mergekit_lite.methods.spec import Method, Param
-from mergekit_lite.recipe.model import Recipe, Step
+from mergekit_lite.recipe.links import cycles, references
+from mergekit_lite.recipe.model import Recipe, Ref, Step
 from mergekit_lite.recipe.value import NO_VALUE, Value
 
 
@@ -23,9 +24,10 @@ def check_steps(recipe: Recipe, methods: Mapping[str, Method]) -> list[Problem]:
             problems += [
                 *_inputs(step, method),
                 *_base(step, method),
+                *_statistics(step, method, recipe),
                 *(_settings(step, method) or _together(step, method)),
             ]
-    return problems
+    return problems or _cycles(recipe, methods)
 
 
 def _together(step: Step, method: Method) -> list[Problem]:
@@ -61,9 +63,53 @@ def _base(step: Step, method: Method) -> list[Problem]:
         problems.append(Problem(message, step.use_mark, "name the model that the others were fine-tuned from"))
     if step.base is not None and method.base == "no":
         problems.append(Problem(f"`{method.name}` takes no `base`", step.base.mark, "remove it, or use another method"))
-    if step.rest is not None and method.reach != "structure":
-        problems.append(Problem(f"`{method.name}` takes no `rest`", step.rest.mark, "only `stack` does"))
+    for key, ref in (("rest", step.rest), ("below", step.below), ("above", step.above)):
+        if ref is not None and method.reach != "structure":
+            problems.append(Problem(f"`{method.name}` takes no `{key}`", ref.mark, "only `stack` does"))
     return problems
+
+
+def statistics(step: Step, method: Method) -> list[Ref]:
+    """The models or steps that the step's `reference` settings name: parameter by parameter, input by input."""
+    found: list[Ref] = []
+    for param in method.params:
+        if param.kind == "reference":
+            common = step.params.get(param.name)
+            values = [item.params.get(param.name, common) for item in step.of] if param.per_input else [common]
+            found += [Ref(str(v.rules[0].value), v.mark) for v in values if v is not None and v.constant]
+    return found
+
+
+def _statistics(step: Step, method: Method, recipe: Recipe) -> list[Problem]:
+    """References to what does not exist, or that differ from tensor to tensor."""
+    problems: list[Problem] = []
+    names = {param.name for param in method.params if param.kind == "reference"}
+    given = [*step.params.items(), *(pair for item in step.of for pair in item.params.items())]
+    for name, value in given:
+        if name in names and not value.constant:
+            problems.append(Problem(f"`{name}` is one model or step for all tensors", value.mark, "name it plainly"))
+    known = [*recipe.models, *recipe.steps]
+    for ref in statistics(step, method):
+        if ref.name not in known:
+            hint = suggest(ref.name, known)
+            problems.append(Problem(f"there is no model or step `{ref.name}`", ref.mark, hint))
+    return problems
+
+
+def references_of(step: Step, methods: Mapping[str, Method]) -> list[Ref]:
+    """Everything that a step works from: inputs, base, rest, and what its settings refer to."""
+    return [*references(step), *(statistics(step, methods[step.use]) if step.use in methods else [])]
+
+
+def _cycles(recipe: Recipe, methods: Mapping[str, Method]) -> list[Problem]:
+    """Cycles that go through a `reference` setting; the reader has found the others."""
+    if cycles({step.name: [ref.name for ref in references(step)] for step in recipe.steps.values()}):
+        return []
+    uses = {step.name: [ref.name for ref in references_of(step, methods)] for step in recipe.steps.values()}
+    return [
+        Problem(f"the steps refer to one another in a circle: {' -> '.join(path)}", recipe.steps[path[0]].mark)
+        for path in cycles(uses)
+    ]
 
 
 def _settings(step: Step, method: Method) -> list[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,12 +14,27 @@ from mergekit_lite.plan.steps import Source
 from mergekit_lite.recipe.model import Step
 from mergekit_lite.recipe.value import NO_VALUE
 
+_WHOLE = "stack whole models only"
+# Input embeddings of any kind and their norms; the output embedding of GPT-NeoX (`embed_out`) stands above the layers.
+_EMBEDDING = re.compile(r"(?:^|[._])(?:wte|wpe|\w*(?<!un)embed(?!_out)\w*)(?:[._]|$)")
 
-def build_stack(step: Step, sources: Sequence[Source], rest: Source | None) -> tuple[Table, list[Problem]]:
+
+def build_stack(
+    step: Step,
+    sources: Sequence[Source],
+    rest: Source | None,
+    lower: Source | None = None,
+    upper: Source | None = None,
+) -> tuple[Table, list[Problem]]:
     """The model made of the inputs' layers in the order of `of`; tensors outside the layers come from `rest`, or from
-    the first input. Layers are numbered anew from 0, and the configuration follows."""
+    the first input: with `lower` the embeddings come from there, with `upper` the others. Layers are numbered anew from
+    0, and the configuration follows."""
     lead = rest or sources[0]
-    problems: list[Problem] = []
+    problems = [
+        Problem(f"`{other.name}` is a {other.table.space}, `{lead.name}` is a {lead.table.space}", other.mark, _WHOLE)
+        for other in (lower, upper)
+        if other is not None and other.table.space != lead.table.space
+    ]
     picked: list[tuple[Source, int]] = []
     for item, source in zip(step.of, sources, strict=True):
         stack = _stack(source)
@@ -39,22 +55,22 @@ def build_stack(step: Step, sources: Sequence[Source], rest: Source | None) -> t
         picked += [(source, index) for index in range(start, stop)]
         if source.table.space != lead.table.space:
             message = f"`{source.name}` is a {source.table.space}, `{lead.name}` is a {lead.table.space}"
-            problems.append(Problem(message, source.mark, "stack whole models only"))
+            problems.append(Problem(message, source.mark, _WHOLE))
     lead_stack = _stack(lead)
     if problems or lead_stack is None:
         return replace(lead.table, nodes={}), problems
 
     nodes: dict[str, Node] = {}
     dtypes: dict[str, str] = {}
-    below, above = _outside(lead)
-    order: list[tuple[str, Source, str]] = [(name, lead, name) for name in below]
+    below, above = _outside(lead, lower or lead, upper or lead)
+    order: list[tuple[str, Source, str]] = [(name, source, name) for source, name in below]
     for number, (source, index) in enumerate(picked):
         order += [
             (lead_stack.template.format(i=number) + layer.rest, source, name)
             for name in source.table.nodes
             if (layer := source.table.family.layer(name)) is not None and layer.index == index
         ]
-    order += [(name, lead, name) for name in above]
+    order += [(name, source, name) for source, name in above]
     for new, source, old in order:
         nodes[new] = source.table.nodes[old]
         dtypes[new] = source.table.dtypes[old]
@@ -67,14 +83,19 @@ def _stack(source: Source) -> Stack | None:
     return stacks[0] if len(stacks) == 1 else None
 
 
-def _outside(lead: Source) -> tuple[list[str], list[str]]:
-    """The tensors outside the layers that stand before the first layer's, and the others."""
-    below: list[str] = []
-    above: list[str] = []
-    seen_layer = False
-    for name in lead.table.nodes:
-        if lead.table.family.layer(name) is not None:
-            seen_layer = True
-        else:
-            (above if seen_layer else below).append(name)
-    return below, above
+def _outside(lead: Source, lower: Source, upper: Source) -> tuple[list[tuple[Source, str]], list[tuple[Source, str]]]:
+    """The tensors outside the layers that are written before the layers, and the others, each with its source.
+
+    Where one source gives them all, they are written where it has them; otherwise the embeddings are written first.
+    """
+    if lower.table is lead.table and upper.table is lead.table:
+        outside = _without_layers(lead)
+        first = next((n for n, name in enumerate(lead.table.nodes) if lead.table.family.layer(name) is not None), 0)
+        early = set(list(lead.table.nodes)[:first])
+        return [(lead, n) for n in outside if n in early], [(lead, n) for n in outside if n not in early]
+    below = [(lower, name) for name in _without_layers(lower) if _EMBEDDING.search(name)]
+    return below, [(upper, name) for name in _without_layers(upper) if not _EMBEDDING.search(name)]
+
+
+def _without_layers(source: Source) -> list[str]:
+    return [name for name in source.table.nodes if source.table.family.layer(name) is None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from mergekit_lite.checkpoint.meta import MERGEABLE
 from mergekit_lite.errors import Mark, Problem
 from mergekit_lite.methods.registry import expand
-from mergekit_lite.methods.spec import Call, Method, Slot
+from mergekit_lite.methods.spec import Call, Method, Params, Slot, keywords
 from mergekit_lite.plan.graph import Builder, PoolConflict, Table
 from mergekit_lite.plan.model import Node
 from mergekit_lite.plan.settings import Unset, resolve
@@ -55,11 +55,12 @@ def build_step(
     method: Method,
     sources: Sequence[Source],
     base: Source | None,
+    further: Sequence[Source],
     delta: Method,
     add: Method,
 ) -> tuple[Table, list[Problem]]:
-    """The result of `step` and what is wrong with it. `delta` and `add` are the methods of these names, which go around
-    a delta method that has a base."""
+    """The result of `step` and what is wrong with it. `further` are what the method's `reference` settings name.
+    `delta` and `add` are the methods of these names, which go around a delta method that has a base."""
     problems = _space_faults(step, method, sources, base)
     lead = base or sources[0]
     empty = replace(lead.table, nodes={}, space=_space(method, sources, base))
@@ -67,6 +68,7 @@ def build_step(
         return empty, problems
 
     faults = Faults()
+    labels = _labels([*sources, *([base] if base else []), *further])
     nodes: dict[str, Node] = {}
     dtypes: dict[str, str] = {}
     for name, given in _aligned(step, sources, base, faults):
@@ -86,9 +88,23 @@ def build_step(
         if fault:
             faults.add(f"{fault} In", step.use_mark, f"`merge methods {method.name}` explains it", name)
             continue
-        call = _wrapped(expand(method, len(sources), params), method, sources, base, delta, add)
+        statistics = [source.table.nodes[name] for source in further if name in source.table.nodes]
+        if statistics and len(statistics) < len(further):
+            lacking = next(source for source in further if name not in source.table.nodes)
+            hint = "statistics cover a tensor for every input, or for none"
+            faults.add(f"`{lacking.name}` lacks tensors that other statistics have", lacking.mark, hint, name)
+            continue
+        unfit = method.fits([n.shape for n in (*given, *statistics)]) if method.fits and statistics else None
+        if unfit:
+            hint = "were the statistics made with this model?"
+            faults.add(f"{unfit} In", further[0].mark, hint, name)
+            continue
+        call = _call(method, params, sources, base, statistics, delta, add)
+        if not statistics and method.without is not None:
+            call = method.without(*(Slot(i) for i in range(len(sources))), **keywords(_plain(method, params)))
+        given = [*given, *statistics]
         try:
-            nodes[name] = builder.call(call, given, _labels(sources, base), step.name, name)
+            nodes[name] = builder.call(call, given, labels, step.name, name)
         except PoolConflict as conflict:
             message = f"{conflict} measures all tensors at once, so its settings cannot differ between tensors"
             faults.add(message, step.use_mark, "use `scope: tensor`, or one value without globs and curves", name)
@@ -110,11 +126,11 @@ def idle_globs(step: Step, table: Table) -> list[Problem]:
     ]
 
 
-def _labels(sources: Sequence[Source], base: Source | None) -> list[str]:
+def _labels(sources: Sequence[Source]) -> list[str]:
     """The inputs' names, `a`, `b`, `a#2` where a name comes twice: they key the random masks."""
     seen: dict[str, int] = {}
     labels = []
-    for source in (*sources, *([base] if base else [])):
+    for source in sources:
         seen[source.name] = seen.get(source.name, 0) + 1
         labels.append(source.name if seen[source.name] == 1 else f"{source.name}#{seen[source.name]}")
     return labels
@@ -212,21 +228,36 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "a scalar"
 
 
-def _wrapped(
-    call: Call | Slot, method: Method, sources: Sequence[Source], base: Source | None, delta: Method, add: Method
+def _call(
+    method: Method,
+    params: Params,
+    sources: Sequence[Source],
+    base: Source | None,
+    statistics: Sequence[Node],
+    delta: Method,
+    add: Method,
 ) -> Call | Slot:
-    """`call` over the step's inputs, with the base where the method wants it: around it, or as its last input."""
+    """A use of `method` over the slots of one tensor: the inputs, the base if there is one, then the statistics."""
+    count = len(sources)
+    beside = [Slot(count + (base is not None) + i) for i in range(len(statistics))]
+    call = expand(method, count, _plain(method, params))
+    if isinstance(call, Call) and beside:
+        call = Call(call.method, (*call.inputs, *beside), call.params)
     if base is None:
         return call
-    last = Slot(len(sources))
+    last = Slot(count)
     if not method.surrounds:
-        if isinstance(call, Slot):
-            return call
-        return Call(call.method, (*call.inputs, last), call.params)
+        return call if isinstance(call, Slot) else Call(call.method, (*call.inputs, last), call.params)
     inputs: list[Call | Slot] = [
         Slot(i) if source.table.space == "delta" else delta(Slot(i), last) for i, source in enumerate(sources)
     ]
-    return add(_put(call, lambda slot: inputs[slot.index]), last)
+    return add(_put(call, lambda slot: (*inputs, last, *beside)[slot.index]), last)
+
+
+def _plain(method: Method, params: Params) -> Params:
+    """The settings without references: a method never sees a name."""
+    names = {param.name for param in method.params if param.kind == "reference"}
+    return {key: value for key, value in params.items() if key not in names}
 
 
 def _put(call: Call | Slot, place: Callable[[Slot], Call | Slot]) -> Call | Slot:

@@ -13,9 +13,10 @@ _MOST_CYCLES = 100
 
 
 def references(step: Step) -> list[Ref]:
-    """What `step` surely names: its inputs, `base`, `rest` and `like`. Other settings are plain text here."""
+    """What `step` surely names: its inputs, `base`, `rest`, `below`, `above` and `like`. Other settings are plain text
+    here."""
     found = [item.ref for item in step.of]
-    found += [ref for ref in (step.base, step.rest) if ref is not None]
+    found += [ref for ref in (step.base, step.rest, step.below, step.above) if ref is not None]
     like = step.params.get("like")
     if like is not None and like.constant and isinstance(like.rules[0].value, str):
         found.append(Ref(like.rules[0].value, like.mark))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergekit_lite.errors import Mark
+from mergekit_lite.errors import Mark, Problem
 from mergekit_lite.recipe.value import Value
 
 
@@ -40,7 +40,7 @@ class Input:
 class Step:
     """One use of a method. `params` are the settings under `with`; `mark` points at the step's name, `use_mark` at the
     method's. `missing` says what to do with tensors that only some inputs have; `rest` is the model that gives `stack`
-    the tensors outside the layers."""
+    the tensors outside the layers, save the embeddings where `below` is named and the others where `above` is."""
 
     name: str
     use: str
@@ -51,6 +51,8 @@ class Step:
     use_mark: Mark
     missing: str = "error"
     rest: Ref | None = None
+    below: Ref | None = None
+    above: Ref | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,33 @@ class Save:
     dtype: str | None
     shard: int
     mark: Mark
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """Where the embedding row of one token comes from: `kind` is `default` (the usual fallbacks), `model` (that model's
+    row of the same token), `model_token` (another token of that model, by `token` or `token_id`) or `zero`. `force`
+    takes it even for models that have the token."""
+
+    kind: str
+    mark: Mark
+    model: Ref | None = None
+    token: str | None = None
+    token_id: int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """What the output's tokenizer shall be. `source` is `base`, `union`, the model whose tokenizer is taken, or None:
+    the files of the model that gives the configuration. `chat_template` is `auto`, a template's name or its text, None:
+    the one in these files."""
+
+    source: str | Ref | None
+    mark: Mark
+    tokens: Mapping[str, TokenRow] = field(default_factory=dict)
+    pad_to_multiple_of: int | None = None
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +110,5 @@ class Recipe:
     compute: str = "float32"
     overrides: tuple[str, ...] = ()
     lock: Mapping[str, Any] | None = None
+    tokenizer: Tokenizer | None = None
+    notes: tuple[Problem, ...] = ()

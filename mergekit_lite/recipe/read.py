@@ -1,4 +1,4 @@
-"""The native recipe language: text → `Recipe`. All structural faults of a recipe come at once.
+"""Text → `Recipe`: the native language here, mergekit's in `mergekit/`. All structural faults come at once.
 
 A location is `org/name[@revision]` (a Hub id, or a folder of that relative path) or any other path, which has no
 revision. A revision holds no `/` unless it starts with `refs/`. A reference is the name of a model or a step, or, where
@@ -11,26 +11,25 @@ Methods are unknown here: the plan checks that `use` exists and that settings ha
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from mergekit_lite.errors import InputError, Mark, Problem, RecipeError, did_you_mean, suggest
 from mergekit_lite.recipe import override
 from mergekit_lite.recipe.links import cycles, ends_of, final_step, mentions, no_single_end, unused_steps
+from mergekit_lite.recipe.location import NAME, split_location
 from mergekit_lite.recipe.lock import read_lock
+from mergekit_lite.recipe.mergekit import is_mergekit, read_mergekit
 from mergekit_lite.recipe.model import Model, Recipe, Ref, Step
 from mergekit_lite.recipe.node import MapNode, Node, ScalarNode, describe
 from mergekit_lite.recipe.save import read_saves
-from mergekit_lite.recipe.source import MAX_BYTES, load
+from mergekit_lite.recipe.source import MAX_BYTES, load_all
 from mergekit_lite.recipe.step import StepReader
 
-__all__ = ["final_step", "parse", "read_file", "unused_steps"]
+__all__ = ["NAME", "final_step", "parse", "read_file", "split_location", "unused_steps"]
 
 TOP_KEYS = ("version", "seed", "compute", "models", "steps", "save", "lock")
 COMPUTE = ("float32", "float64")
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_HUB_ID = re.compile(r"(?P<id>[^/@~.][^/@]*/[^/@]+)@(?P<revision>refs/.*|[^/]*)")
 
 
 def read_file(path: str | os.PathLike[str]) -> str:
@@ -69,9 +68,14 @@ def parse(text: str, file: str, overrides: Sequence[str] = ()) -> tuple[Recipe |
     good for further checks only.
     """
     problems: list[Problem] = []
-    root = load(text, file, problems)
-    if root is None:
+    documents = load_all(text, file, problems, is_mergekit)
+    if not documents:
         return None, problems
+    if len(documents) > 1 or is_mergekit(documents[0]):
+        recipe = read_mergekit(documents, text, file, tuple(overrides), problems)
+        problems.sort(key=_place)
+        return recipe, problems
+    root = documents[0]
     if not isinstance(root, MapNode):
         hint = "a recipe starts with `version: 1` and has `steps`"
         problems.append(Problem(f"a recipe is a mapping at its top, not {describe(root)}", root.mark, hint))
@@ -83,12 +87,6 @@ def parse(text: str, file: str, overrides: Sequence[str] = ()) -> tuple[Recipe |
     recipe = _Reader(problems).read(root, text, file, tuple(overrides))
     problems.sort(key=_place)
     return recipe, problems
-
-
-def split_location(text: str) -> tuple[str, str | None]:
-    """`org/name@revision` as its two parts; any other text is a location without a revision."""
-    match = _HUB_ID.fullmatch(text)
-    return (match["id"], match["revision"]) if match else (text, None)
 
 
 class _Reader:

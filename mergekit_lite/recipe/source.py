@@ -2,13 +2,13 @@
 
 The tree is built from PyYAML's parse events, so no tag ever constructs an object. Unlike `yaml.safe_load`, scalars
 follow YAML 1.2 (see `node.plain_value`), and these are errors: a key given twice, a tag, a merge key `<<`, a second
-document, an alias inside the thing it names, aliases that multiply into a huge tree.
+document where one is expected, an alias inside the thing it names, aliases that multiply into a huge tree.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import yaml
@@ -45,13 +45,25 @@ def load(text: str, file: str, problems: list[Problem]) -> Node | None:
 
     `file` stands in the marks. A key given twice keeps its first value; a key that is not text keeps its spelling.
     """
-    return _Builder(text, _Places(text, file), problems).document()
+    documents = load_all(text, file, problems, lambda first: False)
+    return documents[0] if documents else None
+
+
+def load_all(text: str, file: str, problems: list[Problem], several: Callable[[Node], bool]) -> list[Node]:
+    """The trees of all documents in `text`, an empty list where they cannot be read; otherwise as `load`.
+
+    A second document is an error unless `several` is true of the first. Documents that hold nothing are left out.
+    """
+    return _Builder(text, _Places(text, file), problems).documents(several)
 
 
 def load_value(text: str, file: str, line: str, shift: int, problems: list[Problem]) -> Node | None:
     """The tree of a YAML value that begins at column `shift` (0-based) of the text `line`. Empty text is null."""
     places = _Places(line, file, shift)
-    return _Builder(text, places, problems).document() if text.strip() else ScalarNode(None, places.at(0, 0))
+    if not text.strip():
+        return ScalarNode(None, places.at(0, 0))
+    documents = _Builder(text, places, problems).documents(lambda first: False)
+    return documents[0] if documents else None
 
 
 class _Stop(Exception):
@@ -111,7 +123,7 @@ class _Builder:
         self.anchors: dict[str, _Anchor | None] = {}
         self.events: Iterator[yaml.Event] = iter(())
 
-    def document(self) -> Node | None:
+    def documents(self, several: Callable[[Node], bool]) -> list[Node]:
         start = self.places.at(0, 0)
         try:
             if len(self.text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
@@ -119,9 +131,9 @@ class _Builder:
             if self.text.startswith("\ufeff"):
                 self.stop("the text starts with a byte-order mark", start, "save the file as UTF-8 without one")
             self.events = iter(yaml.parse(self.text, Loader=yaml.SafeLoader))
-            return self.root()
+            return self.roots(several)
         except _Stop:
-            return None
+            return []
         except yaml.reader.ReaderError as error:
             self.problems.append(self.unprintable(error))
         except yaml.MarkedYAMLError as error:
@@ -130,20 +142,26 @@ class _Builder:
             # PyYAML lets these through for a `\U` escape beyond Unicode and for an endless number in `%YAML`.
             hint = "look for a `\\U` escape or a `%YAML` line"
             self.problems.append(Problem("not valid YAML: a number is out of range", start, hint))
-        return None
+        return []
 
-    def root(self) -> Node:
+    def roots(self, several: Callable[[Node], bool]) -> list[Node]:
         next(self.events)
         if isinstance(next(self.events), yaml.StreamEndEvent):
             hint = "a recipe starts with `version: 1` and has `steps`"
             self.stop("the file is empty", self.places.at(0, 0), hint)
-        node, _ = self.node(next(self.events), 0)
-        next(self.events)
-        event = next(self.events)
-        if not isinstance(event, yaml.StreamEndEvent):
-            mark = self.places.span(event)
-            self.stop("a second YAML document begins here", mark, "keep one recipe in one file")
-        return node
+        found: list[Node] = []
+        while True:
+            node, _ = self.node(next(self.events), 0)
+            if not found or not isinstance(node, ScalarNode) or node.value is not None:
+                found.append(node)
+            next(self.events)
+            event = next(self.events)
+            if isinstance(event, yaml.StreamEndEvent):
+                return found
+            if not several(found[0]):
+                mark = self.places.span(event)
+                self.stop("a second YAML document begins here", mark, "keep one recipe in one file")
+            self.anchors.clear()
 
     def node(self, event: yaml.Event, depth: int) -> tuple[Node, int]:
         """The node that begins with `event`, and its height in levels."""

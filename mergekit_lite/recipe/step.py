@@ -10,7 +10,7 @@ from mergekit_lite.recipe.node import Entry, ListNode, MapNode, Node, ScalarNode
 from mergekit_lite.recipe.setting import read_value
 from mergekit_lite.recipe.value import Rule, Value
 
-STEP_KEYS = ("use", "of", "base", "with", "missing", "rest", "like")
+STEP_KEYS = ("use", "of", "base", "with", "missing", "rest", "below", "above", "like")
 MISSING = ("error", "base", "skip", "zero_delta")
 _STEP_EXAMPLE = "for example `merged: {use: linear, of: [math, code]}`"
 _OF_EXAMPLE = "for example `of: [math, code]` or `of: {math: {weight: 0.7}, code: {weight: 0.3}}`"
@@ -40,12 +40,12 @@ class StepReader:
         use, use_mark = self.use(node.entries.get("use"))
         inputs = self.inputs(node.get("of"))
         base = self.ref(node.get("base"), "`base`")
-        rest = self.ref(node.get("rest"), "`rest`")
+        rest, below, above = (self.ref(node.get(key), f"`{key}`") for key in ("rest", "below", "above"))
         params = self.settings(node)
         missing = self.missing(node.get("missing"))
         if use is None or inputs is None:
             return None
-        return Step(self.name, use, tuple(inputs), base, params, self.mark, use_mark, missing, rest)
+        return Step(self.name, use, tuple(inputs), base, params, self.mark, use_mark, missing, rest, below, above)
 
     def add(self, message: str, mark: Mark, hint: str | None) -> None:
         self.problems.append(Problem(message, mark, hint))

@@ -99,8 +99,9 @@ def _step(step: Step) -> dict[str, Any]:
         data["with"] = params
     if step.missing != MISSING[0]:
         data["missing"] = step.missing
-    if step.rest is not None:
-        data["rest"] = step.rest.name
+    for key, ref in (("rest", step.rest), ("below", step.below), ("above", step.above)):
+        if ref is not None:
+            data[key] = ref.name
     return data
 
 

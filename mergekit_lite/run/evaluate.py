@@ -60,13 +60,16 @@ class Blocks:
                 self.watch(node.load, result)
         else:
             assert node.method is not None
-            xs = [self.value(below, start, stop, stats, memo, last) for below in node.inputs]
             arguments = keywords(dict(node.params))
             reach = reach_of(node)
-            if reach == "row":
-                xs = [x.reshape(-1, row_length(node)) for x in xs]
-            elif reach == "matrix":
-                xs = [x.reshape(node.shape) for x in xs]
+            if reach == "matrix":
+                # The whole tensor is one block, and a statistic beside it may have another size.
+                whole = [self.value(below, 0, below.numel, stats, memo, last) for below in node.inputs]
+                xs = [x.reshape(below.shape) for x, below in zip(whole, node.inputs, strict=True)]
+            else:
+                xs = [self.value(below, start, stop, stats, memo, last) for below in node.inputs]
+                if reach == "row":
+                    xs = [x.reshape(-1, row_length(node)) for x in xs]
             if node.id in stats:
                 arguments["stat"] = stats[node.id]
             if node.method.positioned:

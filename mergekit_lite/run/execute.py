@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import queue
 import threading
 import time
@@ -306,7 +307,7 @@ class _Run:
 
     def _watch(self, meta: TensorMeta, values: Tensor, found: dict[str, int]) -> None:
         # One sum tells in a single pass that all is well; it is wrong only towards looking closer.
-        if bool(torch.isfinite(values.sum())):
+        if math.isfinite(values.sum().item()):
             return
         count = int(torch.count_nonzero(~torch.isfinite(values)))
         if not count:
@@ -320,7 +321,7 @@ class _Run:
 
 
 def _count_overflow(tensor: OutTensor, value: Tensor, stored: Tensor, found: dict[str, int]) -> None:
-    if bool(torch.isfinite(stored.float().sum())):
+    if math.isfinite(stored.float().sum().item()):
         return
     count = int(torch.count_nonzero(torch.isfinite(value) & ~torch.isfinite(stored.float())))
     if count:

@@ -1,8 +1,8 @@
 """What is finished, on disk, so that a stopped run goes on where it was.
 
 One JSON object a line. The first names the plan and comes only once every file has its size; then come the processes
-that worked on it, finished statistics and finished units, each written only after the bytes it speaks of are safe. A torn
-last line is what a crash leaves and is dropped.
+that worked on it, finished statistics and finished units, each written only after the bytes it speaks of are safe. A
+torn last line is what a crash leaves and is dropped.
 """
 
 from __future__ import annotations
@@ -69,11 +69,16 @@ class Journal:
             if first != head:
                 return None
             for entry in entries:
-                if "pool" in entry:
-                    done.pools[entry["pool"]] = entry["stats"]
-                elif "unit" in entry:
-                    done.units[entry["unit"]] = {key: dict(entry[key]) for key in ("nonfinite", "overflow")}
-        except (ValueError, TypeError, KeyError) as fault:
+                match entry:
+                    case {"unit": int(unit), "nonfinite": dict(), "overflow": dict()}:
+                        done.units[unit] = entry
+                    case {"pool": str(pool), "stats": list(stats)}:
+                        done.pools[pool] = stats
+                    case {"process": int()}:
+                        pass
+                    case _:
+                        raise ValueError("no line of a journal")
+        except ValueError as fault:
             hint = f"remove `{self.path.parent}` and start anew"
             raise StoppedError(f"the journal `{self.path}` is damaged", hint=hint) from fault
         os.ftruncate(self._file, len(whole))
@@ -94,10 +99,10 @@ class Journal:
             self._file = -1
 
     def _data(self) -> bytes:
-        parts = []
-        while part := os.pread(self._file, 1 << 20, sum(map(len, parts))):
-            parts.append(part)
-        return b"".join(parts)
+        data = bytearray()
+        while part := os.pread(self._file, 1 << 20, len(data)):
+            data += part
+        return bytes(data)
 
     def _holder(self) -> str:
         """` (process 4711 on host)` of the run that holds the journal, where it says."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ def open_run(plan: Plan, resume: bool) -> Iterator[tuple[Files, Journal, Done]]:
     if resume and not started:
         raise StoppedError(f"there is no unfinished run in `{folder}` to resume", hint="start it without `--resume`")
     for output in plan.outputs:
+        to = Path(output.to)
+        if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+            hint = "choose another folder, or move that one away: nothing is ever overwritten"
+            raise StoppedError(f"`{to}` has been taken since the plan was made", hint=hint)
         taken = partial(output.to)
         if not resume and taken.exists() and any(taken.iterdir()):
             if started:
@@ -37,8 +41,7 @@ def open_run(plan: Plan, resume: bool) -> Iterator[tuple[Files, Journal, Done]]:
             raise StoppedError(f"`{taken}` holds an unfinished run", hint=hint)
     if not resume:
         _check_room(plan)
-    for output in plan.outputs:
-        _make_folder(partial(output.to))
+    made = [_make_folder(partial(output.to)) for output in plan.outputs]
     journal = Journal(folder)
     files = Files(plan.outputs)
     try:
@@ -55,9 +58,9 @@ def open_run(plan: Plan, resume: bool) -> Iterator[tuple[Files, Journal, Done]]:
             done = Done()
             try:
                 files.create()
-            except BaseException:
+            except Exception:  # On Ctrl-C they stay: `--resume` makes them again.
                 files.close()
-                _remove(plan)
+                _remove(plan, made)
                 raise
             files.sync()
             journal.begin(head)
@@ -98,12 +101,15 @@ def _head(plan: Plan) -> dict[str, Any]:
     return {"plan": plan.digest, "inputs": inputs, "to": [output.to for output in plan.outputs]}
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path) -> list[Path]:
+    """Make a folder and those above it; gives the ones that were missing, the innermost first."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
         hint = "choose a folder that you may write to"
         raise StoppedError(f"cannot make `{folder}`: {fault.strerror}", hint=hint) from fault
+    return missing
 
 
 def _check_room(plan: Plan) -> None:
@@ -123,11 +129,12 @@ def _check_room(plan: Plan) -> None:
             raise StoppedError(message, hint=hint)
 
 
-def _remove(plan: Plan) -> None:
-    """Take away files that were just made and hold nothing."""
-    for output in plan.outputs:
+def _remove(plan: Plan, made: Sequence[Sequence[Path]]) -> None:
+    """Take away files that were just made and hold nothing, and the folders made for them."""
+    for output, folders in zip(plan.outputs, made, strict=True):
         folder = partial(output.to)
         for file in (NAME, *(shard.file for shard in output.shards)):
             (folder / file).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            folder.rmdir()
+            for place in (folder, *folders[1:]) if folders else (folder,):
+                place.rmdir()

@@ -2,41 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from method_cases import ORACLES, around_base, tensor
-from torch import Tensor
+from method_cases import BOTH, ORACLES, around_base, cases, check, close, tensor
 
-from mergekit_lite.methods import Call, Slot, get, sparsify
+from mergekit_lite.methods import Slot, get, sparsify
 from mergekit_lite.methods.whole import apply, evaluate
-
-BOTH = pytest.mark.parametrize("compute", [torch.float64, torch.float32], ids=["f64", "f32"])
-
-
-def cases(prefix: str, *without: str) -> pytest.MarkDecorator:
-    found = [name for name in ORACLES if name.startswith(prefix) and name not in without]
-    assert found
-    return pytest.mark.parametrize("case", found)
-
-
-def close(got: Tensor, case: str, name: str, compute: torch.dtype) -> None:
-    expected = tensor(ORACLES[case]["expected"][name])
-    assert got.dtype == compute and got.shape == expected.shape
-    if compute == torch.float64:
-        tolerance = {"rtol": 0.0, "atol": ORACLES[case]["atol"]}
-    else:
-        tolerance = {"rtol": 1e-5, "atol": 1e-5 * float(expected.abs().max())}
-    torch.testing.assert_close(got.double(), expected, **tolerance)
-
-
-def check(case: str, call: Call, models: list[dict[str, Any]], compute: torch.dtype) -> None:
-    """Every tensor of the models at once, so that statistics over the whole model are what they are."""
-    names = list(models[0])
-    stacked = [[tensor(model[name]) for model in models] for name in names]
-    for name, got in zip(names, evaluate(call, stacked, compute=compute), strict=True):
-        close(got, case, name, compute)
 
 
 @BOTH

@@ -1,0 +1,211 @@
+"""Drop at random, the small more often than the large, rescale, merge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergekit_lite.methods.elect import elect
+from mergekit_lite.methods.keys import keys_of
+from mergekit_lite.methods.linear import linear
+from mergekit_lite.methods.match_norm import MATCH, matched
+from mergekit_lite.methods.random import uniform_words
+from mergekit_lite.methods.registry import method
+from mergekit_lite.methods.spec import REQUIRED, Block, Call, Param, Params, Slot
+from mergekit_lite.methods.task_arithmetic import NORMALIZE, check_normalize, summed
+from mergekit_lite.methods.ties import upright
+
+PAPER = "DELLA, 2024, arXiv 2406.11617"
+RESCALE = Param("rescale", "flag", True, "divide what is kept by its probability, so that the mean stays")
+DENSITY = Param(
+    "density", "number", REQUIRED, "mean share of this model's delta that is kept", 0, 1, open_low=True, per_input=True
+)
+EPSILON = Param(
+    "epsilon",
+    "number",
+    0.15,
+    "the smallest entry of a row is kept with probability density - epsilon, the largest with density + epsilon",
+    0,
+    1,
+    open_high=True,
+    per_input=True,
+)
+LAMBDA = Param("lambda", "number", 1.0, "factor of the merged delta")
+
+
+def probabilities(length: int, density: float, epsilon: float) -> list[float]:
+    """With which probability the entries of a row are kept, from the largest magnitude to the smallest."""
+    if length == 1:
+        return [density]
+    return [density + epsilon - 2 * epsilon * place / (length - 1) for place in range(length)]
+
+
+def _fault(density: float, epsilon: float) -> str | None:
+    if density - epsilon > 0 and density + epsilon <= 1:
+        return None
+    return f"density ± epsilon, here {density:g} ± {epsilon:g}, must be probabilities above 0: lower `epsilon`"
+
+
+def _check_one(params: Params, inputs: int) -> str | None:
+    return _fault(params["density"], params["epsilon"])
+
+
+def _check(params: Params, inputs: int) -> str | None:
+    faults = [_fault(d, e) for d, e in zip(params["density"], params["epsilon"], strict=True)]
+    if params["rescale"] and params["match_norm"]:
+        faults.append("`rescale` and `match_norm` both scale what is kept: set `rescale: false`")
+    if "normalize" in params:
+        faults.append(check_normalize(params, inputs))
+    return next((fault for fault in faults if fault), None)
+
+
+def _pick(params: Params, inputs: int) -> int | None:
+    return 0 if params["density"] == 1 and params["epsilon"] == 0 else None
+
+
+@method(
+    Param("density", "number", REQUIRED, "mean share of the entries that is kept", 0, 1, open_low=True),
+    Param("epsilon", "number", EPSILON.default, EPSILON.help, 0, 1, open_high=True),
+    RESCALE,
+    takes="delta",
+    gives="delta",
+    inputs=(1, 1),
+    base="optional",
+    reach="row",
+    paper=PAPER,
+    pick=_pick,
+    check=_check_one,
+    positioned=True,
+)
+def magprune(xs: Sequence[Tensor], density: float, epsilon: float, rescale: bool, block: Block) -> Tensor:
+    """Drop entries of a delta at random, the small ones of a row more often than the large ones.
+
+    out = m x, or m x / p with `rescale`, where every entry of the mask m is 1 with probability p and 0 otherwise; in a
+    row of n entries the k-th largest magnitude has p = density + epsilon - 2 epsilon (k - 1) / (n - 1).
+
+    Takes a delta of any shape and gives that shape, in the dtype of the arithmetic. Rows lie along the last axis; a row
+    of one entry has p = density. Equal magnitudes rank by index, the first one as the largest. The draw depends on the
+    seed, the step, the model, the tensor and the entry's place alone.
+
+    Source: Deep et al., DELLA-Merging: Reducing interference in model merging through magnitude-based sampling, 2024,
+    arXiv 2406.11617 (there called MAGPRUNE).
+    """
+    x = xs[0].contiguous()
+    rows, length = x.shape
+    chances = np.array(probabilities(length, density, epsilon))
+    order = np.argsort(-keys_of(x), axis=1, kind="stable")
+    # Every entry's chance, in units of 2**-32.
+    bounds = np.empty((rows, length), dtype=np.uint64)
+    np.put_along_axis(bounds, order, np.rint(chances * 2**32).astype(np.uint64)[None, :], axis=1)
+    words = uniform_words(block.key, block.start, rows * length).reshape(rows, length)
+    kept = torch.where(torch.from_numpy(words < bounds).to(x.device), x, 0.0)
+    if not rescale:
+        return kept
+    factors = np.empty((rows, length), dtype=np.float64)
+    np.put_along_axis(factors, order, chances[None, :], axis=1)
+    return kept.div_(torch.from_numpy(factors).to(kept))
+
+
+def _dropped(
+    deltas: Sequence[Call | Slot], density: Sequence[float], epsilon: Sequence[float], rescale: bool, match: bool
+) -> list[Call | Slot]:
+    kept: list[Call | Slot] = [
+        magprune(d, density=share, epsilon=spread, rescale=rescale)
+        for d, share, spread in zip(deltas, density, epsilon, strict=True)
+    ]
+    return matched(kept, deltas, density, match)
+
+
+@method(
+    Param("weight", "number", 1.0, "factor of this model's delta", per_input=True),
+    DENSITY,
+    EPSILON,
+    RESCALE,
+    LAMBDA,
+    NORMALIZE,
+    MATCH,
+    takes="delta",
+    gives="delta",
+    base="required",
+    composite=True,
+    paper=PAPER,
+    check=_check,
+)
+def della_linear(
+    *deltas: Call | Slot,
+    weight: Sequence[float],
+    density: Sequence[float],
+    epsilon: Sequence[float],
+    rescale: bool,
+    lambda_: float,
+    normalize: bool,
+    match_norm: bool,
+) -> Call:
+    """Drop small changes more often than large ones, rescale the rest, add their weighted sum to the base.
+
+    out = base + lambda sum_t weight_t magprune(x_t - base). With `normalize` the sum is divided by sum_t weight_t; with
+    `match_norm` in place of `rescale`, what is kept is scaled to the L1 norm that the delta had in this tensor.
+
+    Made of `magprune` and `linear`. Takes one or more models fine-tuned from the base, of one shape, and gives that
+    shape, in the dtype of the arithmetic.
+
+    Unlike mergekit: what is kept is divided by its own probability, as in the paper; `match_norm` does as mergekit.
+    Unlike the paper: probabilities go from density - epsilon to density + epsilon, as in mergekit, where the paper's
+    epsilon is the whole width.
+
+    Source: Deep et al., DELLA-Merging: Reducing interference in model merging through magnitude-based sampling, 2024,
+    arXiv 2406.11617.
+    """
+    return summed(_dropped(deltas, density, epsilon, rescale, match_norm), weight, lambda_, normalize)
+
+
+@method(
+    Param("weight", "number", 1.0, "share of this model in the vote and in the mean or sum", per_input=True),
+    DENSITY,
+    EPSILON,
+    RESCALE,
+    Param("aggregate", "choice", "mean", "how agreeing entries are put together", choices=("mean", "sum", "max")),
+    Param(
+        "zero_sign",
+        "choice",
+        "positive",
+        "the sign where the vote is a draw: that of most entries of the tensor, plus, or none (result 0)",
+        choices=("majority", "positive", "drop"),
+    ),
+    LAMBDA,
+    MATCH,
+    takes="delta",
+    gives="delta",
+    base="required",
+    composite=True,
+    paper=PAPER,
+    check=_check,
+)
+def della(
+    *deltas: Call | Slot,
+    weight: Sequence[float],
+    density: Sequence[float],
+    epsilon: Sequence[float],
+    rescale: bool,
+    aggregate: str,
+    zero_sign: str,
+    lambda_: float,
+    match_norm: bool,
+) -> Call:
+    """Drop small changes more often than large ones, rescale the rest, then elect signs as TIES does.
+
+    d_t = magprune(x_t - base) as in `della_linear`; out = base + lambda elect(d_1, d_2, ...). A
+    negative weight counts as the opposite delta with a positive one.
+
+    Made of `magprune` and `elect`. Takes one or more models fine-tuned from the base, of one shape, and gives that
+    shape, in the dtype of the arithmetic. It differs from mergekit and from the paper as `della_linear` does.
+
+    Source: Deep et al., DELLA-Merging: Reducing interference in model merging through magnitude-based sampling, 2024,
+    arXiv 2406.11617.
+    """
+    dropped, weight = upright(_dropped(deltas, density, epsilon, rescale, match_norm), weight)
+    merged = elect(*dropped, weight=weight, aggregate=aggregate, zero_sign=zero_sign, scope="tensor")
+    return linear(merged, weight=lambda_, normalize=False)

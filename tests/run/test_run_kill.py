@@ -1,0 +1,254 @@
+"""Runs that are killed, torn, taken over: the bytes in the end are those of an undisturbed run, or nothing is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from recipes_for_runs import STEPS as ENGINE_STEPS
+from recipes_for_runs import digests as shard_digests
+from recipes_for_runs import write_models as write_small_models
+from recipes_for_runs import write_recipe as write_small_recipe
+
+from mergekit_lite import RecipeError, StoppedError, load_recipe, plan, run
+from mergekit_lite.run import execute
+from tests.faults.kill import (
+    STEPS,
+    Whole,
+    await_begin,
+    await_units,
+    digests,
+    finish,
+    journal,
+    kill_and_resume,
+    partial,
+    start,
+    undisturbed,
+    units,
+    write_models,
+    write_recipe,
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(models: Path) -> Callable[[str], tuple[Path, Path, Whole]]:
+    """`whole("ties")`: a recipe, its output folder, and what an undisturbed run of it gives."""
+    known: dict[str, tuple[Path, Path, Whole]] = {}
+
+    def get(name: str) -> tuple[Path, Path, Whole]:
+        if name not in known:
+            out = models / f"out_{name}"
+            recipe = write_recipe(models / f"{name}.yaml", models, STEPS[name], out)
+            known[name] = (recipe, out, undisturbed(recipe, out, 2))
+        return known[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name, threads, seed", [("ties", 1, 1), ("ties", 2, 2), ("dare", 1, 3), ("dare", 2, 4)])
+def test_killed_at_a_random_moment(
+    name: str, threads: int, seed: int, whole: Callable[[str], tuple[Path, Path, Whole]]
+) -> None:
+    recipe, out, expected = whole(name)
+    delay = random.Random(seed).uniform(0.1, 0.8) * expected.seconds
+    killed = kill_and_resume(recipe, out, threads, [delay])
+    assert killed.digests == expected.digests
+    assert not partial(out).exists()
+
+
+def test_killed_twice_while_writing(whole: Callable[[str], tuple[Path, Path, Whole]]) -> None:
+    recipe, out, expected = whole("dare")
+    seen = 0
+    for flags in ((), ("--resume",)):
+        process = start(recipe, "--threads", "1", *flags)
+        await_units(process, out, seen + 2)
+        process.kill()
+        finish(process)
+        seen = units(out)
+    assert not out.exists()
+    code, text, err = finish(start(recipe, "--resume"))
+    assert code == 0, err
+    assert json.loads(text)["resumed"] == seen >= 4
+    assert digests(out) == expected.digests
+    shutil.rmtree(out)
+
+
+def test_stopped_by_ctrl_c_before_the_first_byte(whole: Callable[[str], tuple[Path, Path, Whole]]) -> None:
+    recipe, out, expected = whole("ties")
+    process = start(recipe)
+    await_begin(process, out)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130 and "`--resume` goes on" in err, err
+    assert not out.exists()
+    code, _, err = finish(start(recipe, "--resume"))
+    assert code == 0, err
+    assert digests(out) == expected.digests
+    shutil.rmtree(out)
+
+
+def test_two_runs_into_one_output(whole: Callable[[str], tuple[Path, Path, Whole]]) -> None:
+    """The second one stops, names the first, and harms nothing."""
+    recipe, out, expected = whole("ties")
+    made = plan(load_recipe(recipe))
+    first = start(recipe)
+    while len(journal(out)) < 2 and first.poll() is None:
+        time.sleep(0.002)
+    first.send_signal(signal.SIGSTOP)
+    try:
+        for resume in (False, True):
+            with pytest.raises(StoppedError, match=rf"another run \(process {first.pid} on ") as stopped:
+                run(made, resume=resume)
+            # Never the advice to remove what another run is writing.
+            assert stopped.value.exit_code == 5
+            assert str(partial(out)) in str(stopped.value) and "remove" not in str(stopped.value)
+    finally:
+        first.send_signal(signal.SIGCONT)
+    code, _, err = finish(first)
+    assert code == 0, err
+    assert digests(out) == expected.digests
+    # Nothing is left to resume, and a whole output is not touched.
+    with pytest.raises(RecipeError, match="exists and is not empty"):
+        plan(load_recipe(recipe))
+    for resume in (False, True):
+        with pytest.raises(StoppedError, match="has been taken since the plan was made"):
+            run(made, resume=resume)
+    assert not partial(out).exists()
+    assert digests(out) == expected.digests
+    shutil.rmtree(out)
+
+
+# The journal and the files of a run that was stopped half way
+
+
+class Unplugged(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models, a recipe `r.yaml`, and the remains of its run after seven units."""
+    folder = tmp_path_factory.mktemp("stopped")
+    write_small_models(folder / "models")
+    recipe = write_small_recipe(folder / "r.yaml", folder / "models", ENGINE_STEPS["ties"], folder / "out")
+    made = plan(load_recipe(recipe), threads=1)
+    (folder / "expected").write_text(json.dumps(shard_digests(run(made, threads=1))))
+    shutil.rmtree(folder / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execute, "JOURNAL_SECONDS", 0.0)
+
+        def unplug(progress: execute.Progress) -> None:
+            if progress.phase == "merge" and progress.tensors == 7:
+                raise Unplugged
+
+        with pytest.raises(Unplugged):
+            run(made, threads=1, progress=unplug)
+    (folder / "out.partial").rename(folder / "kept")
+    return folder
+
+
+@pytest.fixture
+def remains(stopped: Path) -> Path:
+    """The partial folder of the stopped run, fresh; `out` is gone."""
+    for left in ("out", "out.partial"):
+        shutil.rmtree(stopped / left, ignore_errors=True)
+    shutil.copytree(stopped / "kept", stopped / "out.partial")
+    return stopped / "out.partial"
+
+
+def go_on(folder: Path, recipe: str = "r.yaml") -> tuple[list[str], int]:
+    """Resume: the digests of the shards and the units taken over."""
+    result = run(plan(load_recipe(folder / recipe), threads=1), threads=1, resume=True)
+    return shard_digests(result), result.resumed
+
+
+def test_a_torn_journal(stopped: Path, remains: Path) -> None:
+    expected = json.loads((stopped / "expected").read_text())
+    data = (stopped / "kept" / "journal.jsonl").read_bytes()
+    first = data.index(b"\n") + 1
+    cuts = [len(data) - 1, *random.Random(8).sample(range(first, len(data)), 6), first, first - 5, 0]
+    taken = []
+    for cut in cuts:
+        shutil.rmtree(stopped / "out", ignore_errors=True)
+        shutil.copytree(stopped / "kept", remains, dirs_exist_ok=True)
+        (remains / "journal.jsonl").write_bytes(data[:cut])
+        found, resumed = go_on(stopped)
+        assert found == expected, cut
+        assert resumed == sum(b'"unit"' in line for line in data[:cut].splitlines(keepends=True) if line.endswith(b"\n"))
+        taken.append(resumed)
+    assert max(taken) == 6 and min(taken) == 0
+
+
+def test_what_a_crash_left_is_run_over_again(stopped: Path, remains: Path) -> None:
+    """Bytes that the journal does not speak of may be anything."""
+    lines = (remains / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    units = [line for line in lines if b'"unit"' in line]
+    (remains / "journal.jsonl").write_bytes(b"".join(line for line in lines if line not in units))
+    for path in remains.glob("*.safetensors"):
+        data = bytearray(path.read_bytes())
+        start = 8 + int.from_bytes(data[:8], "little")
+        path.write_bytes(data[:start] + b"\xff" * (len(data) - start))
+    assert go_on(stopped) == (json.loads((stopped / "expected").read_text()), 0)
+
+
+def test_a_journal_of_another_recipe(stopped: Path, remains: Path) -> None:
+    before = {path.name: path.read_bytes() for path in remains.iterdir()}
+    write_small_recipe(stopped / "other.yaml", stopped / "models", ENGINE_STEPS["dare_ties"], stopped / "out")
+    with pytest.raises(StoppedError, match="has changed since the run in"):
+        go_on(stopped, "other.yaml")
+    assert {path.name: path.read_bytes() for path in remains.iterdir()} == before
+
+
+def test_a_journal_that_is_none(stopped: Path, remains: Path) -> None:
+    head, rest = (remains / "journal.jsonl").read_bytes().split(b"\n", 1)
+    for text in (
+        b"no JSON\n" + rest,
+        head + b"\n" + b'{"unit": 1}\n' + rest,
+        head + b"\n[1]\n" + rest,
+        head + b"\n\0\0\0\n" + rest,
+    ):
+        (remains / "journal.jsonl").write_bytes(text)
+        with pytest.raises(StoppedError, match=r"the journal `.*journal.jsonl` is damaged"):
+            go_on(stopped)
+        assert (remains / "journal.jsonl").read_bytes() == text
+
+
+@pytest.mark.parametrize("change", [-1, 1, None])
+def test_a_shard_of_another_size(change: int | None, stopped: Path, remains: Path) -> None:
+    (shard,) = remains.glob("*.safetensors")
+    if change is None:
+        shard.unlink()
+    else:
+        data = shard.read_bytes()
+        shard.write_bytes(data + b"x" if change > 0 else data[:change])
+    with pytest.raises(StoppedError, match=r"model.safetensors`"):
+        go_on(stopped)
+    assert (remains / "journal.jsonl").exists() and not (stopped / "out").exists()
+
+
+def test_an_input_that_changed_meanwhile(stopped: Path, remains: Path) -> None:
+    path = next((stopped / "models" / "b").glob("*.safetensors"))
+    data = path.read_bytes()
+    found = path.stat()
+    path.write_bytes(data[:-1] + b"\x01")
+    try:
+        with pytest.raises(StoppedError, match="an input has changed since the run in"):
+            go_on(stopped)
+    finally:
+        path.write_bytes(data)
+        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert go_on(stopped)[0] == json.loads((stopped / "expected").read_text())
