@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import mergekit_lite.methods
-from mergekit_lite.errors import MergeError
 from mergekit_lite.methods.registry import expand
 from mergekit_lite.methods.spec import Call, Method, Param, Reach, Slot
 from mergekit_lite.plan.explain import plain
-from mergekit_lite.recipe.model import Recipe
-from mergekit_lite.recipe.read import parse, read_file
 from mergekit_lite.recipe.write import dump
 
 SETTINGS = ("setting", "kind", "values", "default", "for each input", "meaning")
-RECIPES = Path(mergekit_lite.methods.__file__).parents[2] / "recipes"
+# The examples lie in the installed package or, where it runs from its checkout, beside it.
+_PACKAGE = Path(mergekit_lite.methods.__file__).parents[1]
+EXAMPLES = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes" / "methods")
 _REACH: dict[Reach, str] = {
     "element": "each element by itself",
     "measured": "element by element, after a look at the whole tensor",
@@ -91,11 +90,11 @@ def default_text(param: Param) -> str:
     """The default in words."""
     if param.required:
         return "required"
-    return "all" if param.default is None and param.kind == "layers" else plain(param.default)
+    return ("all" if param.kind == "layers" else "auto") if param.default is None else plain(param.default)
 
 
 def example(method: Method) -> str:
-    """A recipe that uses the method: one of the project's `recipes/` made for it, or else the shortest that works."""
+    """A recipe that uses the method: the project's, or else the shortest that works."""
     return _kept(method) or dump(_generated(method))
 
 
@@ -228,21 +227,12 @@ def _written(call: Call | Slot) -> str:
 
 
 def _kept(method: Method) -> str | None:
-    """The text of `recipes/NAME.yaml`, or of the first recipe there that is about this method alone."""
-    found: list[tuple[bool, str, str]] = []
-    for path in sorted(RECIPES.glob("*.yaml")):
-        recipe = _read(path)
-        if recipe is not None and {step.use for step in recipe.steps.values()} == {method.name}:
-            found.append((path.stem != method.name, path.name, recipe.text))
-    return min(found)[2] if found else None
-
-
-def _read(path: Path) -> Recipe | None:
-    try:
-        recipe, problems = parse(read_file(path), path.name)
-    except MergeError:
-        return None
-    return None if problems else recipe
+    """The text of the project's example, `NAME.yaml`."""
+    for folder in EXAMPLES:
+        path = folder / f"{method.name}.yaml"
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    return None
 
 
 def _generated(method: Method) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def cabs(xs: Sequence[Tensor], weight: Sequence[float], n: int, m: int, lambda_:
                 # A stable sort of descending keys: the first of equals comes first.
                 order = groups.argsort(dim=1, descending=True, stable=True)[:, :count]
                 chosen = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True)
-                mask[:, start:stop] = chosen.reshape(len(x), -1)
+                mask[:, start:stop] = chosen.reshape(len(x), stop - start)
         mask &= keys > 0
         free &= ~mask
         kept.append(torch.where(mask, x, 0.0))

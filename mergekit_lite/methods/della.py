@@ -153,8 +153,8 @@ def della_linear(
     shape, in the dtype of the arithmetic.
 
     Unlike mergekit: what is kept is divided by its own probability, as in the paper; `match_norm` does as mergekit.
-    Unlike the paper: probabilities go from density - epsilon to density + epsilon, as in mergekit, where the paper's
-    epsilon is the whole width.
+    Unlike the paper, whose epsilon is the whole width: probabilities go from density - epsilon to density + epsilon, as
+    in mergekit.
 
     Source: Deep et al., DELLA-Merging: Reducing interference in model merging through magnitude-based sampling, 2024,
     arXiv 2406.11617.

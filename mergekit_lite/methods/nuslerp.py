@@ -19,9 +19,11 @@ TINY = 1e-8  # a norm, or the sine of the angle, up to this gives no arc
 
 def arc(t: float, norm_a: float, norm_b: float, inner: float) -> tuple[float, float]:
     """The factors of the two inputs at place `t` of their arc, from their norms and inner product."""
-    if not (norm_a > TINY and norm_b > TINY) or inner != inner:
+    if not (norm_a > TINY and norm_b > TINY):
         return 1 - t, t
-    angle = math.acos(min(max(inner / norm_a / norm_b, -1.0), 1.0))
+    cosine = inner / norm_a / norm_b
+    # Not a number where an input holds inf or nan: the straight line is left.
+    angle = math.acos(min(max(cosine, -1.0), 1.0)) if cosine == cosine else 0.0
     sine = math.sin(angle)
     if sine <= TINY:
         return 1 - t, t

@@ -72,7 +72,7 @@ def _measure(params: Params, inputs: int, numels: Sequence[int]) -> Staged:
     measure=_measure,
 )
 def pcb(xs: Sequence[Tensor], ratio: float, lambda_: float, scope: str, stat: tuple[Any, ...] | None = None) -> Tensor:
-    """Weigh every entry by its size in its own model and its agreement with the others, drop the least: PCB-Merging.
+    """Weigh every entry by its size in its model and its agreement with the others, drop the least: PCB-Merging.
 
     out = base + lambda sum_t s_t d_t / sum_t s_t, with d_t = x_t - base and, of T models,
 

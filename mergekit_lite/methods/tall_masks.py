@@ -71,8 +71,8 @@ def keep_shared(xs: Sequence[Tensor], k: int) -> Tensor:
 def _remark(params: Params, inputs: int) -> str | None:
     if params["k"] > inputs:
         return f"no entry is used by {params['k']} of {inputs} tasks: the result is the base"
-    if params["k"] == inputs > 2:
-        return f"`k: {inputs}` keeps only what every task uses, which is very little: 2 is usual"
+    if params["k"] == inputs > 1:
+        return f"`k: {inputs}` keeps only what all {inputs} tasks use, which is usually too little"
     return None
 
 
@@ -106,8 +106,8 @@ def consensus(
     makes of them.
 
     Made of `linear` or `ties`, `tall_masks` and `keep_shared`. Takes one or more models fine-tuned from the base, of
-    one shape, and gives that shape, in the dtype of the arithmetic. `k: 0` is task arithmetic (or TIES); two tasks and
-    k = 2 leave only what both use, which is usually too little.
+    one shape, and gives that shape, in the dtype of the arithmetic. With `k: 0` it is task arithmetic (or TIES); with as
+    many as there are tasks, two being no exception, only what all of them use is left, which is usually too little.
 
     Source: Wang et al., Localizing task information for improved model merging and compression, ICML 2024, arXiv
     2405.07813.

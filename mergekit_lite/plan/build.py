@@ -220,7 +220,9 @@ def _view(step: Step, table: Table) -> StepView:
 
 def _shown(value: Value) -> str:
     def one(part: Any) -> str:
-        return f"across {list(part.points)}" if isinstance(part, Curve) else str(part)
+        if isinstance(part, Curve):
+            return f"across {list(part.points)}"
+        return str(part).lower() if isinstance(part, bool) else str(part)
 
     if len(value.rules) == 1 and value.rules[0].glob is None:
         return one(value.rules[0].value)

@@ -111,7 +111,9 @@ def _block_bytes(nodes: Sequence[Node], block: int, size: int) -> int:
     elements = min(numel, max(grain, block // grain * grain))
     # Every node's block lives until the block is done; a stored block, and room for the temporaries of one kernel.
     blocks = elements * size * (len(nodes) + 4)
-    # A row or matrix method sorts: values, indices and a copy.
-    sorting = elements * 24 if any(reach_of(n) in ("row", "matrix") for n in nodes) else 0
+    # A row method sorts: values, indices and a copy. A matrix method decomposes in float64: both sides, a copy and the
+    # room that LAPACK asks for.
+    reaches = {reach_of(n) for n in nodes}
+    sorting = elements * (48 if "matrix" in reaches else 24 if "row" in reaches else 0)
     counters = sum(1 << 20 for n in nodes if reach_of(n) in ("measured", "pooled"))
     return blocks + sorting + counters

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoint.meta import TensorMeta
+from mergekit_lite.errors import MergeError
 from mergekit_lite.methods.measure import Measure, Part
-from mergekit_lite.methods.spec import Block, keywords
+from mergekit_lite.methods.spec import Block, Method, keywords
 from mergekit_lite.plan.model import Node
 from mergekit_lite.plan.order import grain_of, reach_of, row_length, walk
+from mergekit_lite.plan.words import count
 
 
 class Source(Protocol):
@@ -74,7 +76,7 @@ class Blocks:
                 arguments["stat"] = stats[node.id]
             if node.method.positioned:
                 arguments["block"] = Block(start, node.key)
-            result = node.method.fn(xs, **arguments).reshape(-1)
+            result = apply(node.method, xs, arguments, stop - start)
         memo[node.id] = result
         return result
 
@@ -103,6 +105,22 @@ class Blocks:
                         break
             if not active:
                 return
+
+
+def apply(method: Method, xs: Sequence[Tensor], arguments: Mapping[str, Any], numel: int) -> Tensor:
+    """What `method` makes of a block, flat. An outside method's faults are told as such, with its module; a result that
+    is no tensor of `numel` numbers would leave a hole in the output and is a fault too. Raises MergeError."""
+    hint = f"this is a fault of `{method.module}`, which brings the method"
+    try:
+        result = method.fn(xs, **arguments)
+    except Exception as fault:
+        if isinstance(fault, MergeError) or method.module.startswith("mergekit_lite."):
+            raise
+        raise MergeError(f"method `{method.name}` failed: {fault!r}", hint=hint) from fault
+    if not isinstance(result, Tensor) or result.numel() != numel:
+        given = count(result.numel(), "number") if isinstance(result, Tensor) else f"a {type(result).__name__}"
+        raise MergeError(f"method `{method.name}` gave {given} for a block of {count(numel, 'number')}", hint=hint)
+    return result.reshape(-1)
 
 
 def measure_of(members: Sequence[Node]) -> Measure:

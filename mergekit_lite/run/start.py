@@ -24,15 +24,16 @@ def open_run(plan: Plan, resume: bool) -> Iterator[tuple[Files, Journal, Done]]:
     Raises StoppedError where an unfinished run lies there and `resume` is not asked for, where there is nothing to
     resume, where the plan has changed, or the disk is too small.
     """
-    folder = partial(plan.outputs[0].to)
-    started = (folder / NAME).exists()
-    if resume and not started:
-        raise StoppedError(f"there is no unfinished run in `{folder}` to resume", hint="start it without `--resume`")
     for output in plan.outputs:
         to = Path(output.to)
         if to.exists() and not (to.is_dir() and not any(to.iterdir())):
             hint = "choose another folder, or move that one away: nothing is ever overwritten"
             raise StoppedError(f"`{to}` has been taken since the plan was made", hint=hint)
+    folder = partial(plan.outputs[0].to)
+    started = (folder / NAME).exists()
+    if resume and not started:
+        raise StoppedError(f"there is no unfinished run in `{folder}` to resume", hint="start it without `--resume`")
+    for output in plan.outputs:
         taken = partial(output.to)
         if not resume and taken.exists() and any(taken.iterdir()):
             if started:

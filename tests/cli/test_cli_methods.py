@@ -38,7 +38,7 @@ def test_a_page_explains_everything(merge: Merge, name: str):
     assert (ran.code, ran.err) == (0, "")
     assert ran.out.startswith(method.signature() + "\n\n" + method.doc + "\n")
     for param in method.params:
-        (row,) = re.findall(rf"^{param.name} .*$", ran.out, re.M)
+        (row,) = re.findall(rf"^{param.name} +{param.kind} .*$", ran.out, re.M)
         for text in (param.kind, param.range_text(), manual.default_text(param), param.help):
             assert text in row
     assert method.paper in ran.out
@@ -60,9 +60,12 @@ def test_every_example_can_be_planned(
     monkeypatch.chdir(tmp_path)
     Path("example.yaml").write_text(manual.example(PUBLIC[name]), encoding="utf-8")
     recipe = load_recipe("example.yaml")
-    names = {f"model.layers.{i}.mlp.up_proj.weight": (4, 4) for i in range(8)} | {"model.norm.weight": (4,)}
+    names = {f"model.layers.{i}.mlp.up_proj.weight": (4, 4) for i in range(8)}
+    names |= {"model.norm.weight": (4,), "head.weight": (4, 4)}
     for seed, model in enumerate(recipe.models.values()):
-        tiny_checkpoint(tmp_path / "models" / model.name, names, seed=seed)
+        # Gram matrices belong to linear layers only.
+        shapes = {key: shape for key, shape in names.items() if len(shape) == 2 or not model.name.endswith("_gram")}
+        tiny_checkpoint(tmp_path / "models" / model.name, shapes, seed=seed)
     overrides = [f"models.{model}=models/{model}" for model in recipe.models]
     made = plan(load_recipe("example.yaml", overrides))
     assert name in {step.use for step in made.steps}

@@ -57,7 +57,7 @@ class Killed:
     digests: dict[str, str]
 
 
-def write_models(folder: Path, tensors: int = 10, rows: int = 1000) -> None:
+def write_models(folder: Path, tensors: int = 10, rows: int = 700) -> None:
     """`base`, `a`, `b`, `c`: `tensors` matrices of `rows` x 1000 in bfloat16 each."""
     generator = torch.Generator().manual_seed(2)
     base = {f"model.layers.{i}.weight": torch.randn(rows, 1000, generator=generator) for i in range(tensors)}
@@ -72,7 +72,7 @@ def write_models(folder: Path, tensors: int = 10, rows: int = 1000) -> None:
 def write_recipe(path: Path, models: Path, step: str, to: Path) -> Path:
     names = ", ".join(f"{name}: {models / name}" for name in ("base", "a", "b", "c"))
     path.write_text(
-        f"version: 1\nseed: 9\nmodels: {{{names}}}\nsteps: {{m: {step}}}\nsave: {{to: {to}, shard: 7MB}}\n",
+        f"version: 1\nseed: 9\nmodels: {{{names}}}\nsteps: {{m: {step}}}\nsave: {{to: {to}, shard: 5MB}}\n",
         encoding="utf-8",
     )
     return path

@@ -125,7 +125,7 @@ def test_blocks_do_not_show(
     assert whole.dtype == dtype and len(whole) == len(xs[0])
     assert all(bits(x) == bits(y) for x, y in zip(xs, before, strict=True)), "an input was changed"
     assert all(whole.data_ptr() != x.data_ptr() for x in xs), "the result is an input's memory"
-    unit = LENGTH if full and method.reach_of(full) == "row" else 1
+    unit = LENGTH if method.reach_of(full) == "row" else 1
     ends = sorted({0, len(whole), *(cut // unit * unit for cut in cuts)})
     pieces = [run([x[a:b].clone() for x in xs], a) for a, b in itertools.pairwise(ends)]
     assert bits(torch.cat(pieces)) == bits(whole)

@@ -63,10 +63,16 @@ def test_models_that_are_the_base_return_it_bit_for_bit(method: Method) -> None:
     assert result.view(torch.int32).tolist() == base.view(torch.int32).tolist()
 
 
-@pytest.mark.parametrize("method", [m for m in NUMERIC if m.base == "no"], ids=lambda m: m.name)
+# `importance` is no merge: of copies it is 0.
+MERGES = [m for m in NUMERIC if not m.surrounds and m.base != "required" and m.name != "importance"]
+
+
+@pytest.mark.parametrize("method", MERGES, ids=lambda m: m.name)
 def test_copies_of_one_model_return_it(method: Method) -> None:
     x = torch.randn(50, generator=torch.Generator().manual_seed(1))
     settings = {**required(method)}
+    for param in method.per_input:
+        settings[param.name] = (settings.get(param.name, param.default),) * count(method)
     torch.testing.assert_close(apply(method, [x] * count(method), settings), x, rtol=3e-7, atol=0)
 
 

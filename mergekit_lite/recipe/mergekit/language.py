@@ -31,8 +31,9 @@ def _same(value: float | bool) -> Scalar:
 class Setting:
     """One parameter of mergekit's. `to` is the native setting, None where it has none; `value` turns a value into the
     native one. `implied` is what the native method takes by itself, so that it need not be written. `unused` says why
-    a parameter without a native setting changes nothing; without that, `refused` values are errors. A `share` lies above
-    0 and up to 1; a setting `of_step` is one of an input there and of the step here."""
+    a parameter without a native setting changes nothing; without that, `refused` values are errors. A `share` lies
+    above 0 and up to 1; a setting `of_step` is one of an input there and of the step here. `spared` are native values
+    for globs, which come first where the setting is not at its default."""
 
     name: str
     kind: Kind
@@ -45,6 +46,7 @@ class Setting:
     refused: tuple[float | bool, ...] = ()
     share: bool = False
     of_step: bool = False
+    spared: tuple[tuple[str, Scalar], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,7 @@ _MEAN = _flag("normalize", False, "normalize", implied=False)
 _L1 = _flag("rescale", False, "match_norm", implied=False)
 _L1_DARE = _flag("rescale", True, "match_norm", implied=False)
 _DARE = {"rescale": False}
+_VECTORS = (("*norm*", "tensor"), ("*.bias", "tensor"))  # theirs takes a vector whole
 
 
 TABLE: Mapping[str, TheirMethod] = {
@@ -224,33 +227,40 @@ TABLE: Mapping[str, TheirMethod] = {
         "delta",
         (
             _weight(),
-            _flag("normalize_weights", True, "normalize_weights"),
-            Setting("eps", "number", 1e-8, to="eps"),
+            _flag("normalize_weights", True, "normalize_weights", implied=True),
+            Setting("eps", "number", 1e-8, to="eps", implied=1e-8),
         ),
+        fixed={"log_map": False},
     ),
     "karcher": TheirMethod(
         "karcher",
         "input",
-        (Setting("max_iter", "integer", 10, to="max_iter"), Setting("tol", "number", 1e-5, to="tol")),
+        (
+            Setting("max_iter", "integer", 10, to="max_iter", implied=10),
+            Setting("tol", "number", 1e-5, to="tol", implied=1e-5),
+        ),
     ),
     "sce": TheirMethod(
-        "sce", "delta", (Setting("select_topk", "number", 1.0, to="density", share=True), _MASK), needed=True
+        "sce",
+        "delta",
+        (Setting("select_topk", "number", 1.0, to="select_topk", implied=1.0, share=True), _MASK),
+        needed=True,
     ),
-    "ram": TheirMethod("ram", "delta", (Setting("epsilon", "number", 1e-5, to="epsilon"),), needed=True),
+    "ram": TheirMethod("ram", "delta", (Setting("epsilon", "number", 1e-5, to="epsilon", implied=1e-5),), needed=True),
     "ramplus_tl": TheirMethod(
         "ramplus_tl",
         "delta",
         (
-            Setting("r", "number", 0.1, to="r"),
-            Setting("alpha", "number", 0.2, to="alpha"),
-            Setting("epsilon", "number", 1e-5, to="epsilon"),
+            Setting("r", "number", 0.1, to="r", implied=0.1),
+            Setting("alpha", "number", 0.2, to="alpha", implied=0.2),
+            Setting("epsilon", "number", 1e-5, to="epsilon", implied=1e-5),
         ),
         needed=True,
     ),
     "model_stock": TheirMethod(
         "model_stock",
         "delta",
-        (Setting("filter_wise", "flag", False, to="granularity", value=_rows),),
+        (Setting("filter_wise", "flag", False, to="granularity", value=_rows, implied="tensor", spared=_VECTORS),),
         needed=True,
         low=3,
         fixed={"clamp": False},
@@ -258,5 +268,5 @@ TABLE: Mapping[str, TheirMethod] = {
     "nearswap": TheirMethod(
         "nearswap", "delta", (Setting("t", "number", REQUIRED, to="t"),), needed=True, low=2, high=2
     ),
-    "arcee_fusion": TheirMethod("arcee_fusion", "delta", (), needed=True, low=2, high=2),
+    "arcee_fusion": TheirMethod("arcee_fusion", "first", (), needed=True, low=2, high=2),
 }

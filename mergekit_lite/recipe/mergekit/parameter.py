@@ -77,6 +77,9 @@ class Parameters:
             rules.append(Rule(None, setting.implied, first.value.mark if first else mark))
         if not rules:
             return None
+        if setting.spared and isinstance(default, bool) and any(r.value != setting.value(default) for r in rules):
+            place = first.value.mark if first else mark
+            rules = [Rule(glob, value, place) for glob, value in setting.spared] + rules
         return Value(_reachable(rules), first.value.mark if first else mark, first.mark if first else None)
 
     def written(self, setting: Setting, entry: Entry) -> list[Written]:
