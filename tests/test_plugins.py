@@ -142,7 +142,7 @@ def test_a_name_that_is_taken(folder: Path) -> None:
     "body, says",
     [
         ("raise ValueError('not my day')", "method `halves` failed: ValueError('not my day')"),
-        ("return xs[0][:1]", "method `halves` gave 1 numbers where"),
+        ("return xs[0][:1]", "method `halves` gave 1 number where"),
         ("return None", "method `halves` gave a NoneType where"),
     ],
 )

@@ -85,7 +85,7 @@ def fisher(
 ) -> Tensor:
     """Mean of the models, entry by entry weighted by how much each depends on that entry (its Fisher information).
 
-    out_p = sum_t w_t (F_t,p + eps) x_t,p / sum_t w_t (F_t,p + eps), with w_t = weight_t, or weight_t / (||F_t|| + eps)
+    out = sum_t w_t (F_t + eps) x_t / sum_t w_t (F_t + eps) entry by entry, with w_t = weight_t, or weight_t / (||F_t|| + eps)
     where `normalize` is true: the norm runs over all tensors of the model, so that no model wins by the scale of its
     gradients alone.
 

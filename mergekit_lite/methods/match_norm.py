@@ -57,9 +57,9 @@ def _measure(params: Params, inputs: int, numels: Sequence[int]) -> L1Norms:
     measure=_measure,
 )
 def match_norm(xs: Sequence[Tensor], stat: Norms | None = None) -> Tensor:
-    """Scale the first delta so that its L1 norm is that of the second: what a sparsified delta has lost is given back.
+    """Scale one delta to the L1 norm of another: what a sparsified delta has lost is given back.
 
-    out = x |y|_1 / |x|_1 over the whole tensor.
+    out = x |y|_1 / |x|_1 over the whole tensor; x is the first input, y the second.
 
     Takes two deltas of one shape and gives that shape, in the dtype of the arithmetic; norms are summed in double
     precision. Where a norm is 0 or not finite the first delta is left as it is.

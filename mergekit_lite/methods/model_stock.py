@@ -57,8 +57,7 @@ def model_stock(xs: Sequence[Tensor], granularity: str, clamp: bool, stat: Matri
     Takes two or more models fine-tuned from the base, of one shape, and gives that shape, in the dtype of the
     arithmetic; inner products are formed in double precision. A delta of zeros has cosine 0 with every other. With
     `clamp` c is held in [0, 1]; without it a negative c leads beyond the base, and c = -1 / (N - 1) gives the base.
-    By row, a vector has rows of one element: `granularity: {"*.bias": tensor, "*norm*": tensor, else: row}` takes
-    vectors whole.
+    By row, a vector is one row.
 
     Unlike mergekit: c is clamped (there it is not, as with `clamp: false`), and small changes keep their angles (there
     norms have a floor).

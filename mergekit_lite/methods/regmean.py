@@ -40,7 +40,7 @@ def _fits(shapes: Sequence[tuple[int, ...]]) -> str | None:
 def regmean(xs: Sequence[Tensor], alpha: float, ridge: float) -> Tensor:
     """Merge linear layers by least squares: the outputs of the merged layer come closest to those of its parents.
 
-    W = (sum_t W_t G_t) (sum_t G_t)^-1, with G_t = alpha G + (1 - alpha) diag(G) of the inputs' Gram matrix
+    out = (sum_t W_t G_t) (sum_t G_t)^-1, with G_t = alpha G + (1 - alpha) diag(G) of the inputs' Gram matrix
     G = X_t^T X_t / n_t. With `ridge` r, S = sum_t G_t gets r tr(S) / d I and the right side as much of the mean weight,
     so that it pulls towards the mean. Directions that no model's inputs have take the mean.
 

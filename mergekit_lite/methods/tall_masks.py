@@ -106,8 +106,8 @@ def consensus(
     makes of them.
 
     Made of `linear` or `ties`, `tall_masks` and `keep_shared`. Takes one or more models fine-tuned from the base, of
-    one shape, and gives that shape, in the dtype of the arithmetic. With `k: 0` it is task arithmetic (or TIES); with as
-    many as there are tasks, two being no exception, only what all of them use is left, which is usually too little.
+    one shape, and gives that shape, in the dtype of the arithmetic. With `k: 0` it is task arithmetic (or TIES); with
+    as many as there are tasks only what all of them use is left, which is usually too little, for two tasks as well.
 
     Source: Wang et al., Localizing task information for improved model merging and compression, ICML 2024, arXiv
     2405.07813.

@@ -97,7 +97,7 @@ def _kernel(method: Method, params: dict[str, Any], xs: Sequence[Tensor], stat: 
         arguments["block"] = Block(0, key)
     reach = method.reach_of(params)
     if reach == "row":
-        length = 1 if not shape else shape[-1] if method.row_axis == "last" else math.prod(shape[1:])
+        length = 1 if not shape else shape[-1] if method.row_axis == "last" else math.prod(shape[1:] or shape)
         xs = [x.reshape(-1, max(1, length)) for x in xs]
     elif reach != "matrix":
         xs = [x.reshape(-1) for x in xs]

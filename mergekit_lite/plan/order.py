@@ -12,6 +12,8 @@ from mergekit_lite.plan.model import Node, Output, OutTensor, Unit
 GRAIN = 1 << 16  # elements over which a statistic is summed at once; part of what defines the output's bytes
 SEGMENT = 1 << 24  # elements of one unit where a tensor can be cut: a unit is what a stopped run may have to redo
 COPY_BLOCK = 1 << 22  # bytes that a passthrough tensor is copied in
+THREAD = 1 << 22  # bytes of one thread's stack and of what its allocator keeps for later
+STATISTIC = 3 << 21  # bytes that a statistic gathers at most: keys near a threshold and their places
 ROUNDS = 3  # passes over the inputs that a measured node usually takes besides the last one
 
 
@@ -51,7 +53,8 @@ def row_length(node: Node) -> int:
     """Elements of one row: the last axis, or all axes after the first, as the method says."""
     if not node.shape or node.method is None:
         return 1
-    length = node.shape[-1] if node.method.row_axis == "last" else math.prod(node.shape[1:])
+    # A vector has no rows along its first axis: it is one row.
+    length = node.shape[-1] if node.method.row_axis == "last" else math.prod(node.shape[1:] or node.shape)
     return max(1, length)
 
 
@@ -102,7 +105,7 @@ def peak_bytes(units: Sequence[Unit], pools: Mapping[str, Sequence[Node]], threa
     for members in pools.values():
         for node in members:
             worst = max(worst, _block_bytes(list(walk([node])), block, size))
-    return worst * threads
+    return (worst + THREAD) * threads
 
 
 def _block_bytes(nodes: Sequence[Node], block: int, size: int) -> int:
@@ -115,5 +118,5 @@ def _block_bytes(nodes: Sequence[Node], block: int, size: int) -> int:
     # room that LAPACK asks for.
     reaches = {reach_of(n) for n in nodes}
     sorting = elements * (48 if "matrix" in reaches else 24 if "row" in reaches else 0)
-    counters = sum(1 << 20 for n in nodes if reach_of(n) in ("measured", "pooled"))
+    counters = sum(STATISTIC for n in nodes if reach_of(n) in ("measured", "pooled"))
     return blocks + sorting + counters

@@ -35,6 +35,17 @@ def apply(root: MapNode, overrides: Sequence[str], problems: list[Problem]) -> M
     return root
 
 
+def apply_each(documents: Sequence[Node], overrides: Sequence[str], problems: list[Problem]) -> list[Node]:
+    """The only document with every override in it. Several documents have no paths: overrides of them are findings."""
+    if len(documents) == 1 and isinstance(documents[0], MapNode):
+        return [apply(documents[0], overrides, problems)]
+    hint = "`merge convert` makes one native recipe of them, whose steps have names"
+    for text in overrides:
+        mark = Mark(FILE, 1, 1, text, max(1, len(text.partition("=")[0])))
+        problems.append(Problem("nothing can be set in a file of several documents", mark, hint))
+    return list(documents)
+
+
 def _apply_one(root: MapNode, text: str, problems: list[Problem]) -> Node | None:
     path, equals, value_text = text.partition("=")
     parts = _split(path, text)

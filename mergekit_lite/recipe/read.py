@@ -71,7 +71,8 @@ def parse(text: str, file: str, overrides: Sequence[str] = ()) -> tuple[Recipe |
     documents = load_all(text, file, problems, is_mergekit)
     if not documents:
         return None, problems
-    if len(documents) > 1 or is_mergekit(documents[0]):
+    if is_mergekit(documents[0]):
+        documents = override.apply_each(documents, overrides, problems)
         recipe = read_mergekit(documents, text, file, tuple(overrides), problems)
         problems.sort(key=_place)
         return recipe, problems

@@ -116,7 +116,8 @@ def test_where_there_is_no_arc_it_is_the_line() -> None:
         assert run("nuslerp", [a, -a], weight=(1.0, 3.0), mode=mode).tolist() == [-0.5, -1.0]
         assert run("nuslerp", [a, infinite], mode=mode).tolist() == [math.inf, 1.5]
     for name in ("multislerp", "karcher"):
-        assert run(name, [a, -a], weight=(1.0, 3.0)).tolist() == [-0.5, -1.0]
+        assert run(name, [a, -a]).tolist() == [0.0, 0.0]
+        assert run(name, [a, zero, -3 * a, zero]).tolist() == [-0.5, -1.0]
         assert run(name, [a, infinite]).tolist() == [math.inf, 1.5]
         assert run(name, [zero, zero]).tolist() == [0.0, 0.0]
 

@@ -8,11 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 from mergekit_models import (
-    BASE, CONFIG, LAYERS, MODELS, State, consensus, depth, largest, merged, rescaled, setting, slerp,
-)  # fmt: skip
+    BASE,
+    CONFIG,
+    LAYERS,
+    MODELS,
+    State,
+    consensus,
+    depth,
+    largest,
+    merged,
+    rescaled,
+    setting,
+    slerp,
+)
 from torch import Tensor
 
 from mergekit_lite import load_recipe, merge_in_memory
+from mergekit_lite.errors import RecipeError
 from mergekit_lite.recipe.write import to_yaml
 
 Expect = Callable[[str], Tensor]
@@ -169,8 +181,7 @@ base_model: ./base
 parameters: {density: 0.5, gamma: 0.2}
 """,
         lambda name: (
-            BASE[name]
-            + consensus([crumbs(A, name, 0.5, 0.2), crumbs(B, name, 0.5, 0.2)], [0.4, 0.3], normalize=False)
+            BASE[name] + consensus([crumbs(A, name, 0.5, 0.2), crumbs(B, name, 0.5, 0.2)], [0.4, 0.3], normalize=False)
         ),
     ),
     "one model, scaled": (
@@ -241,7 +252,9 @@ def layer(number: int, rest: str) -> str:
 def test_layers_are_put_above_one_another_with_the_head_of_the_last_slice(tmp_path: Path) -> None:
     found = merged(tmp_path / "r.yaml", STACKED)
     layers = [(A, 0), (A, 1), (A, 2), (B, 1), (B, 2), (B, 3)]
-    expected = {layer(new, n.split(".", 3)[3]): m[n] for new, (m, old) in enumerate(layers) for n in m if f".{old}." in n}
+    expected = {
+        layer(new, n.split(".", 3)[3]): m[n] for new, (m, old) in enumerate(layers) for n in m if f".{old}." in n
+    }
     expected["model.embed_tokens.weight"] = A["model.embed_tokens.weight"]
     expected |= {name: B[name] for name in ("model.norm.weight", "lm_head.weight")}
     assert found.keys() == expected.keys()
@@ -265,7 +278,11 @@ def test_slices_are_merged_each_with_its_gradient(tmp_path: Path) -> None:
     made = [(0, B, 1, 0.1, 0.1), (1, B, 2, 0.9, 0.9), (2, C, 1, 0.4, 0.5), (3, C, 2, 0.3, 0.5), (3, B, 0, 0.7, 0.7)]
     assert len(found) == 3 + 3 * len(made)
     for number, (own, other, theirs, mlp, attention) in enumerate(made):
-        for rest, t in (("mlp.up_proj.weight", mlp), ("mlp.down_proj.weight", mlp), ("self_attn.o_proj.weight", attention)):
+        for rest, t in (
+            ("mlp.up_proj.weight", mlp),
+            ("mlp.down_proj.weight", mlp),
+            ("self_attn.o_proj.weight", attention),
+        ):
             expected = slerp(t, A[layer(own, rest)], other[layer(theirs, rest)])
             torch.testing.assert_close(found[layer(number, rest)], expected, rtol=1e-6, atol=1e-6)
     for name, t in (("model.embed_tokens.weight", 0.1), ("model.norm.weight", 0.2), ("lm_head.weight", 0.2)):
@@ -296,14 +313,18 @@ def test_the_native_recipe_makes_the_same_bytes(text: str, tmp_path: Path) -> No
 
 
 def test_dropped_changes_are_rescaled_to_the_norm_of_all(tmp_path: Path) -> None:
-    text = "models: [{model: ./a, parameters: {weight: 1, density: 0.5}}]\nmerge_method: dare_linear\nbase_model: ./base\n"
+    text = (
+        "models: [{model: ./a, parameters: {weight: 1, density: 0.5}}]\nmerge_method: dare_linear\nbase_model: ./base\n"
+    )
     found = merged(tmp_path / "r.yaml", text)
     dropped = 0
     for name, x in found.items():
         kept, whole = x - BASE[name], delta(A, name)
         torch.testing.assert_close(kept.abs().sum(), whole.abs().sum(), rtol=1e-5, atol=1e-5)
         mask = kept != 0
-        torch.testing.assert_close(kept[mask] / whole[mask], torch.full_like(kept[mask], (kept[mask] / whole[mask]).mean()))
+        torch.testing.assert_close(
+            kept[mask] / whole[mask], torch.full_like(kept[mask], (kept[mask] / whole[mask]).mean())
+        )
         dropped += int((~mask).sum())
     total = sum(x.numel() for x in found.values())
     assert 0.4 < dropped / total < 0.6
@@ -316,3 +337,14 @@ def test_depth_is_that_of_the_output(tmp_path: Path) -> None:
         name = layer(number, "mlp.up_proj.weight")
         torch.testing.assert_close(found[name], A[name] * number)
     assert torch.equal(found["lm_head.weight"], A["lm_head.weight"] * 0)
+
+
+def test_below_and_above_in_the_native_language(tmp_path: Path) -> None:
+    head = "version: 1\nmodels: {base: ./base, a: ./a, b: ./b}\nsteps:\n"
+    text = f"{head}  m: {{use: stack, of: [{{model: a, layers: [0, 1]}}], rest: base, above: b}}\n"
+    found = merged(tmp_path / "r.yaml", text)
+    assert torch.equal(found["model.embed_tokens.weight"], BASE["model.embed_tokens.weight"])
+    assert torch.equal(found["model.norm.weight"], B["model.norm.weight"])
+    assert torch.equal(found["lm_head.weight"], B["lm_head.weight"])
+    with pytest.raises(RecipeError, match="`linear` takes no `below`"):
+        merged(tmp_path / "r.yaml", f"{head}  m: {{use: linear, of: [a, b], below: a}}\n")

@@ -74,7 +74,9 @@ def is_mergekit(node: Node) -> bool:
     """Whether the document is written in mergekit's language and not in the native one."""
     if not isinstance(node, MapNode) or "version" in node.entries or "steps" in node.entries:
         return False
-    return any(key in node.entries for key in _SIGNS) or isinstance(node.get("models"), ListNode)
+    models = node.get("models")
+    listed = isinstance(models, ListNode) and any(isinstance(item, MapNode) for item in models.items)
+    return listed or any(key in node.entries for key in _SIGNS)
 
 
 def read_document(node: Node, problems: list[Problem], notes: list[Problem]) -> Document | None:

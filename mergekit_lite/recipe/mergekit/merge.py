@@ -55,7 +55,7 @@ class MergeReader:
                 for value in written.points:
                     if value in setting.refused:
                         message = f"`{name}: {str(value).lower()}` is not supported with `{method}`"
-                        self.read.tell(message, written.mark, "the native method has no such setting; leave it out")
+                        self.read.tell(message, written.mark, "divide the weights by their sum and leave it out")
             if setting.unused is not None:
                 self.read.note(f"`{name}` has no effect", entry.mark, setting.unused)
             elif beside_input and not setting.per_input:
@@ -132,10 +132,10 @@ class MergeReader:
                 continue
             if not setting.per_input:
                 value = self.value(setting, part, None, span)
-                if value is None:
+                if value is None and not self.faulty(setting, part, None):
                     hint = f"add `parameters: {{{setting.name}: 0.5}}`"
                     self.read.tell(f"`{self.document.method}` needs `{setting.name}`", self.document.mark, hint)
-                elif not _is(value, setting.implied):
+                elif value is not None and not _is(value, setting.implied):
                     params[setting.to] = value
                 continue
             values = [self.value(setting, part, source, span) for source in inputs]
@@ -147,11 +147,16 @@ class MergeReader:
             for value, source, given in zip(values, inputs, beside, strict=True):
                 if value is not None:
                     given[setting.to] = value
-                elif not isinstance(setting.default, type(None)):
+                elif setting.default is not None and not self.faulty(setting, part, source):
                     self.lacks(setting, source)
         if self.method.joined is not None:
             params |= self.joined(part, *self.method.joined)
         return params, beside
+
+    def faulty(self, setting: Setting, part: Slice, source: Source | None) -> bool:
+        """Whether the parameter is there, but nothing could be made of it, which has been said."""
+        levels = [part.parameters, self.document.parameters, *([source.parameters] if source else [])]
+        return bool(self.read.problems) and any(setting.name in level for level in levels)
 
     def lacks(self, setting: Setting, source: Source) -> None:
         where = "mergekit adds the base to the inputs of this method" if source.added else "add it beside the model"

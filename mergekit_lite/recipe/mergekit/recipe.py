@@ -81,7 +81,6 @@ class _Maker:
 
     def make(self, documents: Sequence[Document]) -> Document | None:
         """Steps of all documents; the one whose result is saved, None where that is not clear."""
-        before = len(self.problems)
         unnamed = [document for document in documents if document.name is None]
         for document in unnamed[1:]:
             message = "a second merge has no `name`"
@@ -97,7 +96,7 @@ class _Maker:
         for path in cycles(uses):
             mark = self.steps[path[0]].mark
             self.add(f"merges use one another in a circle: {' -> '.join(path)}", mark, "none can need its own result")
-        if len(self.problems) > before:
+        if self.problems:
             return (unnamed or list(documents))[0]
         ends = ends_of(uses, {name: set() for name in uses})
         last = [d for d in documents if (d.name or _FINAL) in ends]
