@@ -86,8 +86,9 @@ def bytes_read(units: Sequence[Unit], pools: Mapping[str, Sequence[Node]]) -> in
         measured = [n for n in walk(t.node for _, t in unit.targets) if reach_of(n) == "measured"]
         if measured:
             total += ROUNDS * sum(load_bytes(n, unit.stop - unit.start) for n in walk(measured))
-    for members in pools.values():
-        total += ROUNDS * sum(load_bytes(n, n.numel) for n in walk(members))
+    # Pools that look at the same inputs are fed together.
+    pooled = [node for members in pools.values() for node in members]
+    total += ROUNDS * sum(load_bytes(n, n.numel) for n in walk(pooled))
     return total
 
 

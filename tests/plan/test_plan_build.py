@@ -300,4 +300,4 @@ def test_memory_stays_below_the_plan_whatever_the_size(name: str, tmp_path: Path
     for used, promised in ((small, small_plan), (large, large_plan)):
         # What the first run left in the allocator may hide a part, and the kernel counts whole pages.
         assert used <= promised + 8 * MEGA
-    assert large <= small + 24 * MEGA
+    assert large <= small + 24 * MEGA  # one of three inputs in bfloat16 has 32 MB

@@ -42,6 +42,17 @@ STEPS: Mapping[str, str] = {
     "breadcrumbs_by_row": "m: {use: breadcrumbs, base: base, of: [a, b], with: {density: 0.3, scope: row}}",
     "breadcrumbs_ties": "m: {use: breadcrumbs_ties, base: base, of: [a, b, c], with: {density: 0.3, scope: global}}",
     "stack": "m: {use: stack, of: [{model: a, layers: [0, 2]}, {model: b, layers: [1, 3]}], rest: c}",
+    "model_stock": "m: {use: model_stock, base: base, of: [a, b, c]}",
+    "model_stock_by_row": "m: {use: model_stock, base: base, of: [a, b, c], with: {granularity: row}}",
+    "nuslerp": "m: {use: nuslerp, base: base, of: {a: {weight: 0.3}, b: {weight: 0.7}}}",
+    "karcher": "m: {use: karcher, of: [a, b, c]}",
+    "geometric_median": "m: {use: geometric_median, of: [a, b, c]}",
+    "della": "m: {use: della, base: base, of: [a, b, c], with: {density: 0.5}}",
+    "sce": "m: {use: sce, base: base, of: [a, b, c], with: {select_topk: 0.3}}",
+    "pcb": "m: {use: pcb, base: base, of: [a, b, c], with: {ratio: 0.2}}",
+    "consensus": "m: {use: consensus, base: base, of: [a, b, c], with: {lambda: 0.3}}",
+    "iso_c": "m: {use: iso_c, base: base, of: [a, b, c]}",
+    "tsv_m_randomised": "m: {use: tsv_m, base: base, of: [a, b], with: {rank_share: 0.02, svd: randomised}}",
     "staged": """
   da: {use: delta, of: a, base: base}
   db: {use: delta, of: b, base: base}
