@@ -135,19 +135,19 @@ def run(
     from mergekit_lite.plan.order import GRAIN
     from mergekit_lite.run.execute import Options, execute
     from mergekit_lite.run.finish import complete, input_files, sha256_files, shard_digests
-    from mergekit_lite.run.start import check_tied, open_run
+    from mergekit_lite.run.start import check_tied, interruptible, open_run
 
     began = time.perf_counter()
     count = threads or default_threads()
     inputs: dict[str, str] = {}
-    if plan.recipe.lock is not None:
-        inputs = sha256_files(input_files(plan), count)
-        problems = changed_inputs(plan.recipe, plan, inputs)
-        if problems:
-            raise RecipeError(problems)
     options = Options(count, block or GRAIN, strict, progress)
-    with Reader(s for c in plan.checkpoints.values() for s in c.shards) as reader:
+    with interruptible(plan), Reader(s for c in plan.checkpoints.values() for s in c.shards) as reader:
         reader.check()
+        if plan.recipe.lock is not None:
+            inputs = sha256_files(input_files(plan), count)
+            problems = changed_inputs(plan.recipe, plan, inputs)
+            if problems:
+                raise RecipeError(problems)
         check_tied(plan, reader)
         with open_run(plan, resume) as (sink, journal, done):
             findings = execute(plan, reader, sink, journal, done, options)

@@ -132,7 +132,7 @@ class Maker:
                 return self.delta(method, rescale=False)
             case "ties":
                 return self.delta(method)
-            case "dare_linear" | "dare_ties":
+            case "dare_linear" | "dare_ties" | "della_linear" | "della":
                 return self.delta(method, density=lambda: 1.0)
             case "breadcrumbs" | "breadcrumbs_ties":
                 return self.delta(method, gamma=self.between(0.06, 0.1))
@@ -174,9 +174,9 @@ class Maker:
 
 
 METHODS = (
-    "linear", "slerp", "passthrough", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs",
-    "breadcrumbs_ties", "nuslerp", "multislerp", "karcher", "sce", "ram", "ramplus_tl", "model_stock", "nearswap",
-    "arcee_fusion", "slices",
+    "linear", "slerp", "passthrough", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della_linear", "della",
+    "breadcrumbs", "breadcrumbs_ties", "nuslerp", "multislerp", "karcher", "sce", "ram", "ramplus_tl", "model_stock",
+    "nearswap", "arcee_fusion", "slices",
 )  # fmt: skip
 
 

@@ -142,8 +142,8 @@ def test_a_name_that_is_taken(folder: Path) -> None:
     "body, says",
     [
         ("raise ValueError('not my day')", "method `halves` failed: ValueError('not my day')"),
-        ("return xs[0][:1]", "method `halves` gave 1 number where"),
-        ("return None", "method `halves` gave a NoneType where"),
+        ("return xs[0][:1]", "method `halves` gave 1 number for a block of"),
+        ("return None", "method `halves` gave a NoneType for a block of"),
     ],
 )
 def test_a_method_that_fails_is_named(body: str, says: str, folder: Path) -> None:

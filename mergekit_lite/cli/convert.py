@@ -28,8 +28,8 @@ def convert(
 ) -> None:
     """Print a recipe in tidy form, checked and with --set applied.
 
-    Defaults are left out and short parts stand on one line; comments are not kept. --json prints the resolved recipe
-    with every default in it.
+    A recipe of mergekit's is printed in the native language. Defaults are left out and short parts stand on one line;
+    comments are not kept. --json prints the resolved recipe with every default in it.
     """
     if schema:
         from mergekit_lite.methods.registry import all_methods
@@ -43,6 +43,7 @@ def convert(
     from mergekit_lite.recipe.write import resolved, to_yaml
 
     read = merge.load_recipe(recipe, set_ or ())
+    show.warnings(read.notes)
     _give(resolved(read) if json else to_yaml(read), out)
 
 

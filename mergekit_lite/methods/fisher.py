@@ -85,9 +85,9 @@ def fisher(
 ) -> Tensor:
     """Mean of the models, entry by entry weighted by how much each depends on that entry (its Fisher information).
 
-    out = sum_t w_t (F_t + eps) x_t / sum_t w_t (F_t + eps) entry by entry, with w_t = weight_t, or weight_t / (||F_t|| + eps)
-    where `normalize` is true: the norm runs over all tensors of the model, so that no model wins by the scale of its
-    gradients alone.
+    out = sum_t w_t (F_t + eps) x_t / sum_t w_t (F_t + eps) entry by entry, with w_t = weight_t, or
+    weight_t / (||F_t|| + eps) where `normalize` is true: the norm runs over all tensors of the model, so that no model
+    wins by the scale of its gradients alone.
 
     `fisher` names, for every model, a checkpoint whose tensors have the names and shapes of the model's and hold the
     mean squared gradient of the log-likelihood, squared example by example. Tensors that it lacks take the mean

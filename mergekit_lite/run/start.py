@@ -11,7 +11,7 @@ from typing import Any
 from mergekit_lite.checkpoint.meta import TensorMeta
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.writer import free_bytes
-from mergekit_lite.errors import InputError, Problem, StoppedError
+from mergekit_lite.errors import InputError, InterruptedRun, Problem, StoppedError
 from mergekit_lite.plan.model import Plan
 from mergekit_lite.run.journal import NAME, Done, Journal
 from mergekit_lite.run.sink import Files, partial
@@ -69,6 +69,17 @@ def open_run(plan: Plan, resume: bool) -> Iterator[tuple[Files, Journal, Done]]:
     finally:
         files.close()
         journal.close()
+
+
+@contextlib.contextmanager
+def interruptible(plan: Plan) -> Iterator[None]:
+    """Turns Ctrl-C before and after the loop into an InterruptedRun that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as fault:
+        begun = (partial(plan.outputs[0].to) / NAME).exists()
+        hint = "the same command with `--resume` goes on" if begun else "nothing was written: start it again"
+        raise InterruptedRun("stopped by Ctrl-C", hint=hint) from fault
 
 
 def check_tied(plan: Plan, reader: Reader) -> None:

@@ -160,7 +160,9 @@ def kill_and_resume(recipe: Path, out: Path, threads: int, delays: Sequence[floa
         stage = "writing" if units(out) else "measuring" if partial(out).exists() else "before"
     resumed = 0
     if not out.exists():
-        code, text, err = finish(start(recipe, *flags, *(["--resume"] if (partial(out) / "journal.jsonl").exists() else [])))
+        code, text, err = finish(
+            start(recipe, *flags, *(["--resume"] if (partial(out) / "journal.jsonl").exists() else []))
+        )
         if code:
             raise RuntimeError(err)
         resumed = json.loads(text)["resumed"]

@@ -55,7 +55,7 @@ KINDS: dict[str, tuple[Callable[[], Any], Any, torch.dtype, str]] = {
 
 
 def write_kind(folder: Path, kind: str) -> Path:
-    """`base`, `a`, `b` of one kind below `folder`; the base with a tokenizer, a chat template and a generation config."""
+    """`base`, `a`, `b` of one kind below `folder`; the base with tokenizer, chat template and generation config."""
     config, auto, dtype, shard = KINDS[kind]
     torch.manual_seed(11)
     model = auto.from_config(config()).to(dtype)

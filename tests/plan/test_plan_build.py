@@ -1,4 +1,4 @@
-"""What a plan says, held against independent computation: the safetensors library, the files a run writes, the kernel."""
+"""What a plan says, held against the safetensors library, the files that a run writes, and the kernel."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def test_headers_and_offsets_are_what_the_library_reads(save: str, models: Path)
     made = planned(models, LINEAR, save)
     result = run(made, threads=1)
     (output,) = made.outputs
-    assert made.bytes_written == result.bytes_written == sum(f.stat().st_size for f in (models / "out").glob("*.safe*s"))
+    written = sum(file.stat().st_size for file in (models / "out").glob("*.safetensors"))
+    assert made.bytes_written == result.bytes_written == written
     seen = []
     for shard in output.shards:
         path = models / "out" / shard.file
@@ -127,14 +128,6 @@ def test_the_digest_is_one_for_one_result(models: Path) -> None:
     digest = planned(models, DARE).digest
     for options in ({"threads": 2}, {"block": 1 << 20}, {"out": models / "elsewhere"}):
         assert planned(models, DARE, **options).digest == digest
-    # Another place, the same headers.
-    moved = models / "moved"
-    moved.mkdir()
-    for name in ("base", "a", "b"):
-        (models / name).rename(moved / name)
-    recipe = (models / "r.yaml").read_text()
-    (models / "r.yaml").write_text(recipe, encoding="utf-8")
-    assert planned(moved, DARE).outputs[0].shards[0].tensors[0].start > 0
 
 
 @pytest.mark.parametrize(
@@ -184,7 +177,8 @@ def test_another_input_header_has_another_digest(
 
 def test_what_only_a_shared_statistic_reads_counts_too(models: Path) -> None:
     """Layer 1 of the merge is left out of the output, but the threshold over all tensors looks at it."""
-    steps = "{use: stack, of: [{model: t, layers: [0, 1]}]}\n  t: " + TIES.replace("[a, b]", "[a, b], with: {scope: global}")
+    ties = TIES.replace("[a, b]", "[a, b], with: {scope: global}")
+    steps = f"{{use: stack, of: [{{model: t, layers: [0, 1]}}]}}\n  t: {ties}"
     whole = planned(models, steps)
     assert len(whole.pools) > 0
     digests = {whole.digest}

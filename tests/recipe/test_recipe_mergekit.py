@@ -155,6 +155,14 @@ base_model: ./base
 """,
         lambda name: BASE[name] + consensus([delta(A, name), delta(B, name)], [0.4, 0.3], normalize=False),
     ),
+    "della keeps everything by default": (
+        """
+models: [{model: ./a, parameters: {weight: 0.4}}, {model: ./b, parameters: {weight: 0.3}}]
+merge_method: della
+base_model: ./base
+""",
+        lambda name: BASE[name] + consensus([delta(A, name), delta(B, name)], [0.4, 0.3], normalize=True),
+    ),
     "breadcrumbs with a gamma of each model": (
         """
 models:

@@ -100,7 +100,7 @@ def test_the_native_methods_have_what_the_table_says(name: str) -> None:
         assert param(key).fault(value) is None
     for item in theirs.settings:
         if item.to is None:
-            assert item.unused or item.refused or (theirs.joined and item.name in theirs.joined[0])
+            assert item.unused or (theirs.joined and item.name in theirs.joined[0])
             continue
         native = param(item.to)
         assert native.per_input == (item.per_input and not item.of_step)
@@ -114,5 +114,5 @@ def test_the_native_methods_have_what_the_table_says(name: str) -> None:
                 assert param(theirs.joined[1]).fault(theirs.joined[2](flatten, row_wise)) is None
     low, high = method.inputs
     extra = 1 if theirs.base == "delta" and theirs.needed else 0
-    assert low <= max(1, theirs.low - extra) or theirs.use in ("multislerp", "karcher")
+    assert low <= max(1, theirs.low - extra)
     assert high == (None if theirs.high is None else theirs.high - extra)

@@ -15,6 +15,8 @@ from mergekit_models import CONFIG, LAYER, OUTSIDE
 from safetensors.torch import load_file
 
 from mergekit_lite import load_recipe, plan, run
+from mergekit_lite.methods.registry import all_methods
+from mergekit_lite.plan.settings import check_steps
 from mergekit_lite.recipe.mergekit.document import TOP_KEYS
 from mergekit_lite.recipe.mergekit.language import TABLE
 from mergekit_lite.recipe.model import Ref
@@ -161,9 +163,8 @@ KEYS = st.sampled_from(
 ANYTHING = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=8
 )
-PARAMETERS = st.dictionaries(
-    st.sampled_from(["weight", "t", "density", "lambda", "normalize", "scale"]), ANYTHING, max_size=3
-)
+NAMES = st.sampled_from(["weight", "t", "density", "lambda", "normalize", "scale"])
+PARAMETERS = st.dictionaries(NAMES, ANYTHING, max_size=3)
 MODEL = st.sampled_from(["./a", "./b", "org/c@v", "m", "k"]) | ANYTHING
 RANGE = st.sampled_from([[0, 2], [1, 3], [2, 3]]) | ANYTHING
 SOURCE = st.fixed_dictionaries({"model": MODEL}, optional={"layer_range": RANGE, "parameters": PARAMETERS})
@@ -184,7 +185,42 @@ DOCUMENT = st.fixed_dictionaries(
 )
 
 
-@given(st.lists(DOCUMENT, min_size=1, max_size=3))
+NUMBER = st.sampled_from([0.25, 0.5, 1])
+PLAIN_VALUE = NUMBER | st.lists(NUMBER, min_size=1, max_size=3)
+FILTERED = st.lists(
+    st.builds(
+        lambda f, v: {"filter": f, "value": v}, st.sampled_from(["mlp", "layers.2.", "q_proj", None]), PLAIN_VALUE
+    )
+)
+GOOD_PARAMETERS = st.dictionaries(NAMES.filter(lambda name: name != "normalize"), PLAIN_VALUE | FILTERED.filter(bool))
+
+
+@st.composite
+def good_document(draw: st.DrawFn) -> dict[str, object]:
+    """A document whose structure is sound; the method may still lack something."""
+    document: dict[str, object] = {"merge_method": draw(st.sampled_from(sorted(TABLE)))}
+    document["parameters"] = {"weight": 1, "t": 0.5} | draw(GOOD_PARAMETERS)
+    if draw(st.booleans()):
+        document["base_model"] = "./base"
+    if draw(st.booleans()):
+        document["name"] = draw(st.sampled_from(["m", "merged", "a"]))
+    models = st.lists(st.sampled_from(["./base", "./a", "./b", "org/a", "m"]), min_size=1, max_size=3, unique=True)
+    if draw(st.booleans()):
+        document["models"] = [{"model": model, "parameters": draw(GOOD_PARAMETERS)} for model in draw(models)]
+        return document
+    slices = []
+    for length in draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)):
+        starts = {model: draw(st.integers(0, 2)) for model in draw(models)}
+        ranges = {model: [start, start + length] for model, start in starts.items()}
+        sources = [
+            {"model": model, "layer_range": span, "parameters": draw(GOOD_PARAMETERS)} for model, span in ranges.items()
+        ]
+        slices.append({"sources": sources, "parameters": draw(GOOD_PARAMETERS)})
+    document["slices"] = slices
+    return document
+
+
+@given(st.lists(DOCUMENT, min_size=1, max_size=3) | st.lists(good_document(), min_size=1, max_size=2))
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 def test_whatever_is_written_gives_problems_or_a_native_recipe(documents: list[object]) -> None:
     text = "\n---\n".join(json.dumps(document) for document in documents)
@@ -195,3 +231,4 @@ def test_whatever_is_written_gives_problems_or_a_native_recipe(documents: list[o
         native, found = parse(to_yaml(recipe), "native.yaml")
         assert native is not None and not found, to_yaml(recipe)
         assert native.steps.keys() == recipe.steps.keys()
+        assert not check_steps(native, all_methods()), to_yaml(recipe)

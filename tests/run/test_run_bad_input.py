@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lite import InputError, StoppedError, load_recipe, plan, run
 from mergekit_lite.cli.app import execute
+from mergekit_lite.run import start
 
 UP = "model.layers.0.mlp.up_proj.weight"
 WEIGHTS = "model.safetensors"
@@ -137,8 +138,8 @@ def test_a_tensor_whose_length_is_not_its_shape(place: Place) -> None:
 
 def test_tensors_that_overlap(place: Place) -> None:
     def overlap(header: dict[str, Any]) -> None:
-        start, stop = header[UP]["data_offsets"]
-        header[UP]["data_offsets"] = [start - 16, stop - 16]
+        begin, end = header[UP]["data_offsets"]
+        header[UP]["data_offsets"] = [begin - 16, end - 16]
 
     place.header("a", overlap)
     place.refused(4, f"tensor `{UP}` in `./a/{WEIGHTS}` overlaps")
@@ -244,8 +245,11 @@ def test_integers_where_others_hold_numbers(place: Place) -> None:
 
 def test_buffers_of_integers_are_those_of_the_base(place: Place) -> None:
     place.recipe(TIES)
-    for name, start in (("base", 0), ("a", 5), ("b", 9)):
-        buffers = {"model__position_ids": torch.arange(start, start + 4), "model__mask": torch.tensor([start > 5, True])}
+    for name, first in (("base", 0), ("a", 5), ("b", 9)):
+        buffers = {
+            "model__position_ids": torch.arange(first, first + 4),
+            "model__mask": torch.tensor([first > 5, True]),
+        }
         place.change(name, **buffers)
     assert place.run()[0] == 0
     ours = place.tensors("out/m")
@@ -279,7 +283,10 @@ def test_two_tensors_that_the_configuration_calls_one(place: Place) -> None:
 @pytest.mark.parametrize(
     "steps, says",
     [
-        ("d: {use: delta, of: a, base: base}\n  m: {use: ties, base: d, of: [b]}", "`d` is a delta and cannot be a base"),
+        (
+            "d: {use: delta, of: a, base: base}\n  m: {use: ties, base: d, of: [b]}",
+            "`d` is a delta and cannot be a base",
+        ),
         ("m: {use: add, of: a, base: base}", "`add` takes deltas, `a` is a whole model"),
         ("m: {use: delta, of: a, base: base}", "`m` is a delta, not a model to save"),
         (
@@ -387,11 +394,12 @@ def test_an_output_without_a_name(to: str, place: Place, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def small_disk(place: Place) -> Iterator[Path]:
-    """A file system of 256 KiB."""
+    """A file system of 256 KiB; the test is skipped where none can be mounted."""
     disk = place.folder / "disk"
     disk.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(disk)], capture_output=True)
-    if made.returncode:
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(disk)], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
         pytest.skip("file systems cannot be mounted here")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
@@ -405,12 +413,18 @@ def large(place: Place) -> None:
 
 def test_a_disk_that_is_too_small(small_disk: Path, place: Place) -> None:
     large(place)
-    for extra, flags in (("", ()), (", shard: 100KB", ("--resume",))):
-        place.recipe(LINEAR, save=f"to: disk/new/m{extra}")
-        if not flags:
-            place.refused(5, "bytes free, the output needs 40", f"the disk of `{small_disk}`")
-        else:
-            place.refused(5, "there is no unfinished run", flags=flags)
+    place.recipe(LINEAR, save="to: disk/new/m")
+    place.refused(5, "bytes free, the output needs 40", f"the disk of `{small_disk}`")
+
+
+def test_too_little_room_for_all_outputs_together(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each output would fit, both do not."""
+    large(place)
+    text = (place.folder / "r.yaml").read_text()
+    saves = "save:\n  - {step: m, to: out/one}\n  - {step: m, to: out/two, dtype: float16}\n"
+    (place.folder / "r.yaml").write_text(text[: text.index("save:")] + saves, encoding="utf-8")
+    monkeypatch.setattr(start, "free_bytes", lambda path: 500_000)
+    place.refused(5, "has 500,000 bytes free, the output needs 60")
 
 
 def test_a_disk_that_fills_up_at_the_end(small_disk: Path, place: Place) -> None:
@@ -460,7 +474,9 @@ def spoil(place: Place, name: str, tensor: str, *values: float) -> None:
     save_file(tensors, place.folder / name / WEIGHTS, {"format": "pt"})
 
 
-@pytest.mark.parametrize("step", [LINEAR, TIES, "m: {use: slerp, of: [a, b], with: {t: 0.5}}", "m: {use: stack, of: [a]}"])
+@pytest.mark.parametrize(
+    "step", [LINEAR, TIES, "m: {use: slerp, of: [a, b], with: {t: 0.5}}", "m: {use: stack, of: [a]}"]
+)
 def test_nan_and_inf_are_counted(step: str, place: Place) -> None:
     place.recipe(step)
     spoil(place, "a", UP, float("nan"), float("inf"), -float("inf"))

@@ -1,4 +1,4 @@
-"""Runs that are killed, torn, taken over: the bytes in the end are those of an undisturbed run, or nothing is touched."""
+"""Runs killed, torn, taken over: the bytes in the end are those of an undisturbed run, or nothing is touched."""
 
 from __future__ import annotations
 
@@ -93,9 +93,10 @@ def test_stopped_by_ctrl_c_before_the_first_byte(whole: Callable[[str], tuple[Pa
     await_begin(process, out)
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
-    assert code == 130 and "`--resume` goes on" in err, err
-    assert not out.exists()
-    code, _, err = finish(start(recipe, "--resume"))
+    assert code == 130 and not out.exists(), err
+    # The signal may come before anything can be resumed; the hint says what to do.
+    assert ("with `--resume` goes on" in err) != ("nothing was written: start it again" in err), err
+    code, _, err = finish(start(recipe, *(["--resume"] if "--resume" in err else [])))
     assert code == 0, err
     assert digests(out) == expected.digests
     shutil.rmtree(out)
@@ -179,8 +180,11 @@ def go_on(folder: Path, recipe: str = "r.yaml") -> tuple[list[str], int]:
 def test_a_torn_journal(stopped: Path, remains: Path) -> None:
     expected = json.loads((stopped / "expected").read_text())
     data = (stopped / "kept" / "journal.jsonl").read_bytes()
-    first = data.index(b"\n") + 1
-    cuts = [len(data) - 1, *random.Random(8).sample(range(first, len(data)), 6), first, first - 5, 0]
+    head = data.index(b"\n") + 1
+    first, last = data.index(b'{"unit"'), data.rindex(b'{"unit"')
+    rng = random.Random(8)
+    cuts = [len(data) - 1, *rng.sample(range(last, len(data)), 3), *rng.sample(range(first, last), 3)]
+    cuts += [*rng.sample(range(head, first), 2), head, head - 5, 0]
     taken = []
     for cut in cuts:
         shutil.rmtree(stopped / "out", ignore_errors=True)
@@ -188,9 +192,10 @@ def test_a_torn_journal(stopped: Path, remains: Path) -> None:
         (remains / "journal.jsonl").write_bytes(data[:cut])
         found, resumed = go_on(stopped)
         assert found == expected, cut
-        assert resumed == sum(b'"unit"' in line for line in data[:cut].splitlines(keepends=True) if line.endswith(b"\n"))
+        whole = data[: data.rfind(b"\n", 0, cut) + 1]
+        assert resumed == whole.count(b'{"unit"')
         taken.append(resumed)
-    assert max(taken) == 6 and min(taken) == 0
+    assert max(taken) >= 6 and min(taken) == 0
 
 
 def test_what_a_crash_left_is_run_over_again(stopped: Path, remains: Path) -> None:

@@ -31,9 +31,9 @@ def _same(value: float | bool) -> Scalar:
 class Setting:
     """One parameter of mergekit's. `to` is the native setting, None where it has none; `value` turns a value into the
     native one. `implied` is what the native method takes by itself, so that it need not be written. `unused` says why
-    a parameter without a native setting changes nothing; without that, `refused` values are errors. A `share` lies
-    above 0 and up to 1; a setting `of_step` is one of an input there and of the step here. `spared` are native values
-    for globs, which come first where the setting is not at its default."""
+    a parameter without a native setting changes nothing. A `share` lies above 0 and up to 1; a setting `of_step` is
+    one of an input there and of the step here. `spared` are native values for globs, which come first where the setting
+    is not at its default."""
 
     name: str
     kind: Kind
@@ -43,7 +43,6 @@ class Setting:
     value: Callable[[float | bool], Scalar] = _same
     implied: Scalar = None
     unused: str | None = None
-    refused: tuple[float | bool, ...] = ()
     share: bool = False
     of_step: bool = False
     spared: tuple[tuple[str, Scalar], ...] = ()
@@ -108,7 +107,7 @@ _EPSILON = Setting("epsilon", "number", 0.15, per_input=True, to="epsilon", impl
 _MEAN = _flag("normalize", False, "normalize", implied=False)
 _L1 = _flag("rescale", False, "match_norm", implied=False)
 _L1_DARE = _flag("rescale", True, "match_norm", implied=False)
-_DARE = {"rescale": False}
+_DARE = {"rescale": False}  # in place of it, `match_norm`
 _VECTORS = (("*norm*", "tensor"), ("*.bias", "tensor"))  # theirs takes a vector whole
 
 
@@ -194,11 +193,12 @@ TABLE: Mapping[str, TheirMethod] = {
             _density(),
             _EPSILON,
             _lambda(1.0),
-            Setting("normalize", "flag", False, refused=(True,)),
-            _flag("rescale", True, "rescale", implied=True),
+            _MEAN,
+            _L1_DARE,
             _MASK,
         ),
         needed=True,
+        fixed=_DARE,
     ),
     "della": TheirMethod(
         "della",
@@ -209,10 +209,11 @@ TABLE: Mapping[str, TheirMethod] = {
             _EPSILON,
             _lambda(1.0),
             _vote(True, "mean"),
-            _flag("rescale", True, "rescale", implied=True),
+            _L1_DARE,
             _MASK,
         ),
         needed=True,
+        fixed=_DARE,
     ),
     "nuslerp": TheirMethod(
         "nuslerp",
@@ -230,6 +231,7 @@ TABLE: Mapping[str, TheirMethod] = {
             _flag("normalize_weights", True, "normalize_weights", implied=True),
             Setting("eps", "number", 1e-8, to="eps", implied=1e-8),
         ),
+        low=2,
         fixed={"log_map": False},
     ),
     "karcher": TheirMethod(

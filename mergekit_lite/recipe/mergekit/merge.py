@@ -11,7 +11,7 @@ from mergekit_lite.recipe.mergekit.parameter import Parameters, Span
 from mergekit_lite.recipe.mergekit.reference import Reference
 from mergekit_lite.recipe.model import Input, Ref, Step
 from mergekit_lite.recipe.node import Entry
-from mergekit_lite.recipe.value import Value
+from mergekit_lite.recipe.value import Curve, Rule, Value
 
 ALL_NAMES = tuple(dict.fromkeys(setting.name for method in TABLE.values() for setting in method.settings))
 
@@ -51,11 +51,7 @@ class MergeReader:
                 takes = f"it takes {', '.join(f'`{key}`' for key in own)}" if own else "it takes no parameters"
                 self.read.note(f"`{name}` has no effect on `{method}`", entry.mark, takes)
                 continue
-            for written in self.read.written(setting, entry):
-                for value in written.points:
-                    if value in setting.refused:
-                        message = f"`{name}: {str(value).lower()}` is not supported with `{method}`"
-                        self.read.tell(message, written.mark, "divide the weights by their sum and leave it out")
+            self.read.written(setting, entry)
             if setting.unused is not None:
                 self.read.note(f"`{name}` has no effect", entry.mark, setting.unused)
             elif beside_input and not setting.per_input:
@@ -107,14 +103,15 @@ class MergeReader:
             hint = f"add it to the slice: `- {{model: {base.path}, layer_range: [..]}}`"
             self.read.tell(f"the base `{base.path}` is not among the sources of this slice", part.mark, hint)
             return False
-        low, high = method.low, method.high
+        low, high = max(method.low, 2 if listed and method.base == "delta" else 1), method.high
         if listed and not method.needed and method.base == "delta":
-            low, high = low + 1, None if high is None else high + 1
+            low, high = max(low, method.low + 1), None if high is None else high + 1
         if count < low or (high is not None and count > high):
             wanted = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
             added = " with the `base_model`, which is added where it is not listed" if base is not None else ""
             plural = "" if wanted == "1" else "s"
-            message = f"`{name}` takes {wanted} model{plural}, here are {count}{added}"
+            here = "is" if count == 1 else "are"
+            message = f"`{name}` takes {wanted} model{plural}, here {here} {count}{added}"
             self.read.tell(
                 message, mark, "the base counts as one of them" if method.needed else "list the models meant"
             )
@@ -170,7 +167,11 @@ class MergeReader:
         if source is not None:
             start = source.layers[0] if source.layers else 0
             levels, span = [source.parameters, *levels], Span(start, span.count, span.gradient)
-        return self.read.value(setting, levels, span, self.document.mark)
+        found = self.read.value(setting, levels, span, self.document.mark)
+        density = next((other for other in self.method.settings if other.name == "density"), None)
+        if found is None or density is None or setting.name != "epsilon":
+            return found
+        return _where_dropped(found, self.read.value(density, levels, span, self.document.mark))
 
     def joined(self, part: Slice, names: tuple[str, ...], to: str, join: Callable[..., object]) -> dict[str, Value]:
         """The native setting that several of theirs make together, each the same for all tensors."""
@@ -197,6 +198,19 @@ def _is(value: Value, constant: object) -> bool:
         return False
     held = value.rules[0].value
     return held == constant and isinstance(held, bool) == isinstance(constant, bool)
+
+
+def _where_dropped(epsilon: Value, density: Value | None) -> Value:
+    """`epsilon`, and 0 where the density is 1: mergekit drops nothing there, whatever `epsilon` says."""
+    if density is None or not epsilon.constant or all(rule.value != 1 for rule in density.rules):
+        return epsilon
+    held = epsilon.rules[0].value
+    assert isinstance(held, int | float)
+    rules = []
+    for rule in density.rules:
+        value = Curve((held, held)) if isinstance(rule.value, Curve) else 0.0 if rule.value == 1 else held
+        rules.append(Rule(rule.glob, value, epsilon.mark))
+    return Value(tuple(rules), epsilon.mark, epsilon.key_mark)
 
 
 def _same(one: Value | None, other: Value | None) -> bool:
