@@ -4,7 +4,7 @@
 
 mergekit is not a dependency: install it in an environment of its own and name its executable; `mergekit-multi` beside
 it runs the recipes of one method in one process. Models are Llama-shaped, four layers, float32. Every method without
-randomness gets 20 random settings: plain numbers, gradients and filters. The figure is the largest difference of an
+randomness gets 20 random settings: plain numbers, gradients, filters, which models. The figure is the largest difference of an
 entry relative to the largest entry of its tensor, over all tensors and settings.
 """
 
@@ -29,6 +29,7 @@ from mergekit_lite.errors import MergeError
 
 LAYERS, HIDDEN, INNER, VOCABULARY = 4, 16, 32, 40
 SETTINGS = 20
+TUNED = "abcdef"
 BEGIN, END = "<!-- table: scripts/compare_mergekit.py -->", "<!-- end of table -->"
 Recipe = dict[str, Any]
 
@@ -46,7 +47,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def write_models(folder: Path) -> None:
-    """A base and three fine-tunes of it."""
+    """A base and six fine-tunes of it."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(shape: tuple[int, ...]) -> torch.Tensor:
@@ -54,7 +55,7 @@ def write_models(folder: Path) -> None:
 
     base = {name: 0.1 * draw(shape) for name, shape in shapes().items()}
     models = {"base": base}
-    for name in ("a", "b", "c"):
+    for name in TUNED:
         models[name] = {key: x + 0.05 * draw(tuple(x.shape)) * draw(tuple(x.shape)) for key, x in base.items()}
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -98,10 +99,11 @@ class Maker:
         self.folder = folder
         self.rng = rng
 
-    def recipe(self, method: str, inputs: str, base: str | None, shared: Recipe, per_input: dict[str, Any]) -> Recipe:
+    def recipe(self, method: str, inputs: int, base: str | None, shared: Recipe, per_input: dict[str, Any]) -> Recipe:
+        """A merge of some fine-tunes: methods without parameters differ in these."""
         models = [
             {"model": str(self.folder / name), "parameters": {key: draw() for key, draw in per_input.items()}}
-            for name in inputs
+            for name in self.rng.sample(TUNED, inputs)
         ]
         made: Recipe = {"merge_method": method, "models": models, "parameters": shared, "dtype": "float32"}
         return made | ({"base_model": str(self.folder / base)} if base else {})
@@ -116,18 +118,18 @@ class Maker:
         shared = {"normalize": self.flag(), "lambda": self.between(0.2, 1.2)()}
         shared |= {"rescale": self.flag()} if rescale else {}
         per_input = {"weight": self.between(0.1, 1.0), "density": density or self.between(0.2, 0.9), **more}
-        return self.recipe(method, "abc", "base", shared, per_input)
+        return self.recipe(method, 3, "base", shared, per_input)
 
     def make(self, method: str) -> Recipe:
         weight = {"weight": self.between(0.1, 1.0)}
         match method:
             case "linear":
-                return self.recipe(method, "abc", None, {"normalize": self.flag()}, weight)
+                return self.recipe(method, 3, None, {"normalize": self.flag()}, weight)
             case "slerp" | "nearswap":
                 high = 1.0 if method == "slerp" else 0.05
-                return self.recipe(method, "a", "base", {"t": value(self.rng, 0.0 if high == 1 else 0.001, high)}, {})
+                return self.recipe(method, 1, "base", {"t": value(self.rng, 0.0 if high == 1 else 0.001, high)}, {})
             case "passthrough":
-                return self.recipe(method, "a", None, {}, {"scale": self.between(-1.0, 2.0)})
+                return self.recipe(method, 1, None, {}, {"scale": self.between(-1.0, 2.0)})
             case "task_arithmetic":
                 return self.delta(method, rescale=False)
             case "ties":
@@ -138,22 +140,23 @@ class Maker:
                 return self.delta(method, gamma=self.between(0.06, 0.1))
             case "nuslerp":
                 shared = {"nuslerp_flatten": self.flag(), "nuslerp_row_wise": self.flag()}
-                return self.recipe(method, "ab", "base" if self.flag() else None, shared, weight)
+                return self.recipe(method, 2, "base" if self.flag() else None, shared, weight)
             case "multislerp":
-                return self.recipe(method, "abc", "base" if self.flag() else None, {"normalize_weights": True}, weight)
+                base = "base" if self.flag() else None
+                return self.recipe(method, self.rng.randint(2, 4), base, {"normalize_weights": True}, weight)
             case "karcher":
-                return self.recipe(method, "abc", None, {"max_iter": 50, "tol": 1e-9}, {})
+                return self.recipe(method, 3, None, {"max_iter": self.rng.randint(1, 20), "tol": 1e-9}, {})
             case "sce":
-                return self.recipe(method, "abc", "base", {"select_topk": self.between(0.2, 1.0)()}, {})
+                return self.recipe(method, 3, "base", {"select_topk": self.between(0.2, 1.0)()}, {})
             case "ram":
-                return self.recipe(method, "abc", "base", {"epsilon": self.rng.uniform(1e-3, 2e-2)}, {})
+                return self.recipe(method, 3, "base", {"epsilon": self.rng.uniform(1e-3, 2e-2)}, {})
             case "ramplus_tl":
                 shared = {"epsilon": self.rng.uniform(1e-3, 2e-2), "r": self.rng.uniform(0.05, 0.5), "alpha": 0.2}
-                return self.recipe(method, "abc", "base", shared, {})
+                return self.recipe(method, 3, "base", shared, {})
             case "model_stock":
-                return self.recipe(method, "abc", "base", {"filter_wise": self.flag()}, {})
+                return self.recipe(method, self.rng.randint(2, 4), "base", {"filter_wise": self.flag()}, {})
             case "arcee_fusion":
-                return self.recipe(method, "a", "base", {}, {})
+                return self.recipe(method, 1, "base", {}, {})
             case "slices":
                 return self.slices()
         raise ValueError(method)
@@ -166,7 +169,7 @@ class Maker:
             shift = self.rng.randint(-start, LAYERS - stop)
             sources = [
                 {"model": str(self.folder / "base"), "layer_range": [start, stop]},
-                {"model": str(self.folder / self.rng.choice("abc")), "layer_range": [start + shift, stop + shift]},
+                {"model": str(self.folder / self.rng.choice(TUNED)), "layer_range": [start + shift, stop + shift]},
             ]
             slices.append({"sources": sources, "parameters": {"t": value(self.rng, 0.0, 1.0)}})
         base = str(self.folder / "base")

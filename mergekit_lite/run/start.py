@@ -26,7 +26,7 @@ def open_run(plan: Plan, resume: bool) -> Iterator[tuple[Files, Journal, Done]]:
     """
     for output in plan.outputs:
         to = Path(output.to)
-        if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+        if _occupied(to):
             hint = "choose another folder, or move that one away: nothing is ever overwritten"
             raise StoppedError(f"`{to}` has been taken since the plan was made", hint=hint)
     folder = partial(plan.outputs[0].to)
@@ -77,8 +77,13 @@ def interruptible(plan: Plan) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as fault:
-        begun = (partial(plan.outputs[0].to) / NAME).exists()
-        hint = "the same command with `--resume` goes on" if begun else "nothing was written: start it again"
+        first = plan.outputs[0].to  # the last one to be renamed
+        if (partial(first) / NAME).exists():
+            hint = "the same command with `--resume` goes on"
+        elif _occupied(Path(first)):
+            hint = f"it had ended already: `{first}` is whole"
+        else:
+            hint = "nothing was written: start it again"
         raise InterruptedRun("stopped by Ctrl-C", hint=hint) from fault
 
 
@@ -111,6 +116,10 @@ def _head(plan: Plan) -> dict[str, Any]:
     """The identity of a run: the plan, and the inputs as they lay there when it began."""
     inputs = [[f.path, f.nbytes, f.mtime_ns] for c in plan.checkpoints.values() for f in c.shards]
     return {"plan": plan.digest, "inputs": inputs, "to": [output.to for output in plan.outputs]}
+
+
+def _occupied(to: Path) -> bool:
+    return to.exists() and (not to.is_dir() or any(to.iterdir()))
 
 
 def _make_folder(folder: Path) -> list[Path]:

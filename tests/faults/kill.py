@@ -26,11 +26,25 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
-# The journal is written every few milliseconds, so that a run of a second leaves work to take over.
+# The journal is written every few milliseconds, so that a run of a second leaves work to take over. With SIGNAL_AT the
+# run sends itself a signal once a function of the journal has been called so many times: `units 2 9`.
 PROGRAM = """
-from mergekit_lite.run import execute
-execute.JOURNAL_SECONDS = 0.02
+import os
+from mergekit_lite.run import execute, journal
 from mergekit_lite.cli.app import main
+
+execute.JOURNAL_SECONDS = 0.02
+if "SIGNAL_AT" in os.environ:
+    name, count, number = os.environ["SIGNAL_AT"].split()
+    original, calls = getattr(journal.Journal, name), []
+
+    def counted(*arguments):
+        original(*arguments)
+        calls.append(name)
+        if len(calls) == int(count):
+            os.kill(os.getpid(), int(number))
+
+    setattr(journal.Journal, name, counted)
 main()
 """
 STEPS = {
@@ -78,11 +92,12 @@ def write_recipe(path: Path, models: Path, step: str, to: Path) -> Path:
     return path
 
 
-def start(recipe: Path, *flags: str) -> subprocess.Popen[str]:
-    """A run in a process of its own."""
+def start(recipe: Path, *flags: str, signal_at: str | None = None) -> subprocess.Popen[str]:
+    """A run in a process of its own; `signal_at` as in PROGRAM."""
+    more = {"SIGNAL_AT": signal_at} if signal_at else {}
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, "run", str(recipe), "--json", *flags],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"} | more,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -116,12 +131,6 @@ def await_begin(process: subprocess.Popen[str], out: Path) -> None:
     """Return once the run has made its folder, or has ended."""
     while not partial(out).exists() and process.poll() is None:
         time.sleep(0.001)
-
-
-def await_units(process: subprocess.Popen[str], out: Path, count: int) -> None:
-    """Return once the journal tells of `count` finished units, or the run has ended."""
-    while units(out) < count and process.poll() is None:
-        time.sleep(0.002)
 
 
 def units(out: Path) -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from recipes_for_runs import STEPS as ENGINE_STEPS
@@ -17,30 +18,17 @@ from recipes_for_runs import digests as shard_digests
 from recipes_for_runs import write_models as write_small_models
 from recipes_for_runs import write_recipe as write_small_recipe
 
-from mergekit_lite import RecipeError, StoppedError, load_recipe, plan, run
-from mergekit_lite.run import execute
-from tests.faults.kill import (
-    STEPS,
-    Whole,
-    await_begin,
-    await_units,
-    digests,
-    finish,
-    journal,
-    kill_and_resume,
-    partial,
-    start,
-    undisturbed,
-    units,
-    write_models,
-    write_recipe,
-)
+from mergekit_lite import InterruptedRun, RecipeError, StoppedError, load_recipe, plan, run
+from mergekit_lite.run import execute, finish, sink, start
+from mergekit_lite.run.journal import Journal
+from tests.faults import kill
+from tests.faults.kill import STEPS, Whole, digests, partial, units
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    write_models(folder)
+    kill.write_models(folder)
     return folder
 
 
@@ -52,8 +40,8 @@ def whole(models: Path) -> Callable[[str], tuple[Path, Path, Whole]]:
     def get(name: str) -> tuple[Path, Path, Whole]:
         if name not in known:
             out = models / f"out_{name}"
-            recipe = write_recipe(models / f"{name}.yaml", models, STEPS[name], out)
-            known[name] = (recipe, out, undisturbed(recipe, out, 2))
+            recipe = kill.write_recipe(models / f"{name}.yaml", models, STEPS[name], out)
+            known[name] = (recipe, out, kill.undisturbed(recipe, out, 2))
         return known[name]
 
     return get
@@ -65,39 +53,22 @@ def test_killed_at_a_random_moment(
 ) -> None:
     recipe, out, expected = whole(name)
     delay = random.Random(seed).uniform(0.1, 0.8) * expected.seconds
-    killed = kill_and_resume(recipe, out, threads, [delay])
+    killed = kill.kill_and_resume(recipe, out, threads, [delay])
     assert killed.digests == expected.digests
     assert not partial(out).exists()
 
 
 def test_killed_twice_while_writing(whole: Callable[[str], tuple[Path, Path, Whole]]) -> None:
     recipe, out, expected = whole("dare")
-    seen = 0
+    seen = [0]
     for flags in ((), ("--resume",)):
-        process = start(recipe, "--threads", "1", *flags)
-        await_units(process, out, seen + 2)
-        process.kill()
-        finish(process)
-        seen = units(out)
-    assert not out.exists()
-    code, text, err = finish(start(recipe, "--resume"))
+        code, *_ = kill.finish(kill.start(recipe, "--threads", "1", *flags, signal_at=f"units 2 {signal.SIGKILL}"))
+        assert code == -signal.SIGKILL
+        seen.append(units(out))
+    assert 0 < seen[1] < seen[2] and not out.exists()
+    code, text, err = kill.finish(kill.start(recipe, "--resume"))
     assert code == 0, err
-    assert json.loads(text)["resumed"] == seen >= 4
-    assert digests(out) == expected.digests
-    shutil.rmtree(out)
-
-
-def test_stopped_by_ctrl_c_before_the_first_byte(whole: Callable[[str], tuple[Path, Path, Whole]]) -> None:
-    recipe, out, expected = whole("ties")
-    process = start(recipe)
-    await_begin(process, out)
-    process.send_signal(signal.SIGINT)
-    code, _, err = finish(process)
-    assert code == 130 and not out.exists(), err
-    # The signal may come before anything can be resumed; the hint says what to do.
-    assert ("with `--resume` goes on" in err) != ("nothing was written: start it again" in err), err
-    code, _, err = finish(start(recipe, *(["--resume"] if "--resume" in err else [])))
-    assert code == 0, err
+    assert json.loads(text)["resumed"] == seen[2]
     assert digests(out) == expected.digests
     shutil.rmtree(out)
 
@@ -106,10 +77,8 @@ def test_two_runs_into_one_output(whole: Callable[[str], tuple[Path, Path, Whole
     """The second one stops, names the first, and harms nothing."""
     recipe, out, expected = whole("ties")
     made = plan(load_recipe(recipe))
-    first = start(recipe)
-    while len(journal(out)) < 2 and first.poll() is None:
-        time.sleep(0.002)
-    first.send_signal(signal.SIGSTOP)
+    first = kill.start(recipe, signal_at=f"begin 1 {signal.SIGSTOP}")
+    os.waitid(os.P_PID, first.pid, os.WSTOPPED)
     try:
         for resume in (False, True):
             with pytest.raises(StoppedError, match=rf"another run \(process {first.pid} on ") as stopped:
@@ -119,7 +88,7 @@ def test_two_runs_into_one_output(whole: Callable[[str], tuple[Path, Path, Whole
             assert str(partial(out)) in str(stopped.value) and "remove" not in str(stopped.value)
     finally:
         first.send_signal(signal.SIGCONT)
-    code, _, err = finish(first)
+    code, _, err = kill.finish(first)
     assert code == 0, err
     assert digests(out) == expected.digests
     # Nothing is left to resume, and a whole output is not touched.
@@ -196,6 +165,52 @@ def test_a_torn_journal(stopped: Path, remains: Path) -> None:
         assert resumed == whole.count(b'{"unit"')
         taken.append(resumed)
     assert max(taken) >= 6 and min(taken) == 0
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    "where",
+    [
+        (start, "check_tied"),
+        (start, "_make_folder"),
+        (sink.Files, "create"),
+        (Journal, "begin"),
+        (Journal, "pool"),
+        (Journal, "units"),
+        (finish, "shard_digests"),
+        (finish, "copy_extras"),
+        (os, "rename"),
+    ],
+)
+def test_stopped_by_ctrl_c(
+    where: tuple[Any, str], late: bool, stopped: Path, remains: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it comes, the hint says what to do next, and that works."""
+    shutil.rmtree(remains)
+    owner, name = where
+    original = getattr(owner, name)
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        if late:
+            original(*arguments, **options)
+        raise KeyboardInterrupt
+
+    made = plan(load_recipe(stopped / "r.yaml"), threads=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises(InterruptedRun) as found:
+            run(made, threads=1)
+    assert found.value.exit_code == 130
+    (hint,) = [problem.hint for problem in found.value.problems]
+    expected = json.loads((stopped / "expected").read_text())
+    if hint == f"it had ended already: `{stopped / 'out'}` is whole":
+        assert where == (os, "rename") and late
+        assert [hashlib.sha256(f.read_bytes()).hexdigest() for f in (stopped / "out").glob("*.safetensors")] == expected
+        return
+    resume = {"the same command with `--resume` goes on": True, "nothing was written: start it again": False}[
+        hint or ""
+    ]
+    assert shard_digests(run(made, threads=2, resume=resume)) == expected
 
 
 def test_what_a_crash_left_is_run_over_again(stopped: Path, remains: Path) -> None:
