@@ -4,8 +4,8 @@
 
 mergekit is not a dependency: install it in an environment of its own and name its executable; `mergekit-multi` beside
 it runs the recipes of one method in one process. Models are Llama-shaped, four layers, float32. Every method without
-randomness gets 20 random settings: plain numbers, gradients, filters, which models. The figure is the largest difference of an
-entry relative to the largest entry of its tensor, over all tensors and settings.
+randomness gets 20 random settings: plain numbers, gradients, filters, which models. The figure is the largest
+difference of an entry relative to the largest entry of its tensor, over all tensors and settings.
 """
 
 from __future__ import annotations

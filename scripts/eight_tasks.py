@@ -1,9 +1,9 @@
 """Eight tasks on scikit-learn's digits, one shared encoder, a frozen linear head per task: what multi-task merges are
 compared on (`make reproduce`).
 
-A base encoder learns the upright digits. Each task gets a linear head, fitted for a few epochs to the base's features
-and then frozen; the encoder alone is fine-tuned for the task, so that the models differ in the encoder and only there.
-All numbers are those of `Setting`.
+A base encoder learns the upright digits. Each task gets a linear head, fitted to the base's features and then frozen;
+the encoder alone is fine-tuned for the task, so that the models differ in the encoder and only there. All numbers are
+those of `Setting`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ HEAD = ("head.weight", "head.bias")
 
 @dataclass(frozen=True)
 class Setting:
-    """How everything is trained. `train` and `validation` are numbers of images; the test split is the rest."""
+    """How everything is trained. `train` and `validation` are numbers of images, the test split is the rest; heads are
+    fitted to the first `head_images` of the training images."""
 
     width: int = 512
     train: int = 1000
@@ -35,6 +36,7 @@ class Setting:
     batch: int = 64
     base_epochs: int = 10
     base_rate: float = 1e-3
+    head_images: int = 1000
     head_epochs: int = 10
     head_rate: float = 1e-3
     epochs: int = 25
@@ -151,12 +153,12 @@ def _train(
         f"encoder.layers.{i}.{n}": p.detach() for i, layer in enumerate(layers) for n, p in layer.named_parameters()
     }
 
-    def fit(weights: Weights, learned: Collection[str], task: str, epochs: int, rate: float) -> Weights:
-        """`weights` with the `learned` ones trained by Adam over shuffled batches."""
+    def fit(weights: Weights, learned: Collection[str], task: str, count: int, epochs: int, rate: float) -> Weights:
+        """`weights` with the `learned` ones trained by Adam over shuffled batches of the first `count` images."""
         leaves = {name: w.clone().requires_grad_(name in learned) for name, w in weights.items()}
         optimizer = torch.optim.Adam([leaves[name] for name in learned], lr=rate, fused=True)
         for _ in range(epochs):
-            for batch in torch.randperm(setting.train).split(setting.batch):
+            for batch in torch.randperm(count).split(setting.batch):
                 optimizer.zero_grad()
                 cross_entropy(scores(leaves, leaves, images[task][batch]), labels[task][batch]).backward()
                 optimizer.step()
@@ -166,12 +168,13 @@ def _train(
         layer = torch.nn.Linear(setting.width, count)
         return {name: p.detach() for name, p in zip(HEAD, layer.parameters(), strict=True)}
 
-    found = fit({**encoder, **head(10)}, [*encoder, *HEAD], "upright", setting.base_epochs, setting.base_rate)
+    whole, few = setting.train, setting.head_images
+    found = fit({**encoder, **head(10)}, [*encoder, *HEAD], "upright", whole, setting.base_epochs, setting.base_rate)
     base = {name: found[name] for name in encoder}
     models = {"base": base}
     for task, count in classes.items():
-        probed = fit({**base, **head(count)}, HEAD, task, setting.head_epochs, setting.head_rate)
-        models[task] = fit(probed, list(base), task, setting.epochs, setting.rate)
+        probed = fit({**base, **head(count)}, HEAD, task, few, setting.head_epochs, setting.head_rate)
+        models[task] = fit(probed, list(base), task, whole, setting.epochs, setting.rate)
     return models
 
 
