@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check bench docs clean
+.PHONY: help venv demo reproduce test check bench docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -32,6 +32,9 @@ demo: $(INSTALLED) demo/.trained ## train small checkpoints, merge them, compare
 demo/.trained: scripts/train_digits.py scripts/digits.py | $(INSTALLED)
 	$(BIN)/python scripts/train_digits.py --out demo
 	@touch $@
+
+reproduce: $(INSTALLED) ## compare every multi-task method on eight tasks, write docs/reproduce.md
+	$(BIN)/python scripts/reproduce.py --write docs/reproduce.md
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)

@@ -77,7 +77,7 @@ def plan(
     faults that were found.
     """
     from mergekit_lite.plan.build import build_plan, used_models
-    from mergekit_lite.plan.order import GRAIN
+    from mergekit_lite.plan.order import BLOCK
 
     if out is not None and len(recipe.saves) > 1:
         hint = "remove `--out`, or change one with `--set save.0.to=DIR`"
@@ -88,7 +88,7 @@ def plan(
         checkpoints,
         out=Path(out) if out is not None else None,
         threads=threads or default_threads(),
-        block=block or GRAIN,
+        block=block or BLOCK,
         check_output=check_output,
     )
 
@@ -132,7 +132,7 @@ def run(
     """
     from mergekit_lite.checkpoint.reader import Reader
     from mergekit_lite.plan.lock import changed_inputs, changed_outputs, lock_text
-    from mergekit_lite.plan.order import GRAIN
+    from mergekit_lite.plan.order import BLOCK
     from mergekit_lite.run.execute import Options, execute
     from mergekit_lite.run.finish import complete, input_files, sha256_files, shard_digests
     from mergekit_lite.run.start import check_tied, interruptible, open_run
@@ -140,7 +140,7 @@ def run(
     began = time.perf_counter()
     count = threads or default_threads()
     inputs: dict[str, str] = {}
-    options = Options(count, block or GRAIN, strict, progress)
+    options = Options(count, block or BLOCK, strict, progress)
     with interruptible(plan), Reader(s for c in plan.checkpoints.values() for s in c.shards) as reader:
         reader.check()
         if plan.recipe.lock is not None:
@@ -183,7 +183,7 @@ def merge_in_memory(
     """
     from mergekit_lite.checkpoint.memory import MemoryReader, memory_checkpoint
     from mergekit_lite.plan.build import build_plan, used_models
-    from mergekit_lite.plan.order import GRAIN
+    from mergekit_lite.plan.order import BLOCK
     from mergekit_lite.run.execute import Options, execute
     from mergekit_lite.run.journal import Done
     from mergekit_lite.run.sink import Memory
@@ -199,6 +199,6 @@ def merge_in_memory(
     checkpoints = {name: memory_checkpoint(name, models[name], config or {}) for name in used_models(recipe)}
     made = build_plan(recipe, checkpoints, threads=threads or 1, check_output=False, out=Path("memory"))
     sink = Memory(made.outputs)
-    options = Options(threads or default_threads(), block or GRAIN)
+    options = Options(threads or default_threads(), block or BLOCK)
     execute(made, MemoryReader(models), sink, None, Done(), options)
     return sink.tensors[0]

@@ -11,16 +11,105 @@ from __future__ import annotations
 import argparse
 import functools
 import multiprocessing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from eight_merges import LAMBDAS, Bench, Row, Score, all_rows
+from eight_merges import Bench, Row, Score, all_rows
 from eight_tasks import Setting, experiment
-from reproduce_text import document, tables
+from reproduce_text import Results, bars_text, census_text, document, tables
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mergekit_lite.merge import default_threads
+
+SEEDS = (0, 1, 2)
+CACHE = Path("demo/eight_tasks")
+BASE = Row("base", expected=88.3)
+OTHERS = {
+    "heads of 200 images, 50 epochs at 0.01": Setting(head_images=200, head_epochs=50, head_rate=1e-2),
+    "base untrained, heads 15 epochs": Setting(base_epochs=0, head_epochs=15),
+}
+COMPARED = ("base", "linear", "task_arithmetic", "iso_c", "tsv_m", "tall_masks")  # with the other settings
+
+
+@functools.lru_cache(maxsize=len(SEEDS))
+def bench(seed: int, setting: Setting) -> Bench:
+    """The models of one seed, read from the cache or trained."""
+    torch.set_num_threads(1)
+    return Bench(experiment(seed, setting, CACHE))
+
+
+def train(seed: int, setting: Setting) -> float:
+    """Leave the models in the cache; give the fine-tunes' mean accuracy on the test split, in percent."""
+    return 100 * fmean(bench(seed, setting).own["test"].values())
+
+
+def score(row: Row, seed: int, setting: Setting) -> Score:
+    measured = bench(seed, setting)
+    if row.method == BASE.method:
+        return Score(measured.normalized_one(measured.models["base"], "test"), {})
+    return measured.score(row)
+
+
+def census(seed: int) -> dict[str, float]:
+    return bench(seed, Setting()).census()
+
+
+def measure(workers: int, console: Console) -> Results:
+    rows = (BASE, *all_rows())
+    settings = {"": Setting(), **OTHERS}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context) as pool, Progress(*columns, console=console) as progress:
+
+        def wait(what: str, futures: Sequence[Future[Any]]) -> None:
+            bar = progress.add_task(what, total=len(futures))
+            for future in as_completed(futures):
+                future.result()
+                progress.advance(bar)
+
+        own = {name: [pool.submit(train, seed, s) for seed in SEEDS] for name, s in settings.items()}
+        wait("training", [future for futures in own.values() for future in futures])
+        scores = {
+            (name, row.label): [pool.submit(score, row, seed, setting) for seed in SEEDS]
+            for name, setting in settings.items()
+            for row in rows
+            if not name or row.method in COMPARED
+        }
+        censuses = [pool.submit(census, seed) for seed in SEEDS]
+        wait("merging", [*(future for futures in scores.values() for future in futures), *censuses])
+        found = {key: [future.result() for future in futures] for key, futures in scores.items()}
+        return Results(
+            SEEDS,
+            rows,
+            [found["", row.label] for row in rows],
+            [future.result() for future in own[""]],
+            [future.result() for future in censuses],
+            {
+                name: {label: fmean(s.accuracy for s in line) for (n, label), line in found.items() if n == name}
+                for name in OTHERS
+            },
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, default=min(default_threads(), len(SEEDS)), help="processes")
+    parser.add_argument("--write", type=Path, help="write the results as a document")
+    args = parser.parse_args()
+
+    results = measure(args.workers, Console(stderr=True))
+    console = Console()
+    for table in tables(results, console.width):
+        console.print(table)
+    console.print(census_text(results), bars_text(results), sep="\n")
+    if args.write:
+        args.write.write_text(document(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ from mergekit_lite.plan.check import check_places
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.layout import build_output
 from mergekit_lite.plan.model import Node, Output, Plan, StepView
-from mergekit_lite.plan.order import GRAIN, bytes_read, make_units, peak_bytes, walk
+from mergekit_lite.plan.order import BLOCK, GRAIN, bytes_read, make_units, peak_bytes, walk
 from mergekit_lite.plan.settings import check_steps, constant, references_of, statistics
 from mergekit_lite.plan.stack import build_stack
 from mergekit_lite.plan.steps import Source, build_step, idle_globs
@@ -38,7 +38,7 @@ def build_plan(
     *,
     out: Path | None = None,
     threads: int = 1,
-    block: int = GRAIN,
+    block: int = BLOCK,
     check_output: bool = True,
 ) -> Plan:
     """The plan of `recipe` over `checkpoints` (by model name, all that the recipe's steps and saves mention).

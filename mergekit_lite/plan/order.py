@@ -10,6 +10,7 @@ from mergekit_lite.checkpoint.meta import DTYPE_BITS
 from mergekit_lite.plan.model import Node, Output, OutTensor, Unit
 
 GRAIN = 1 << 16  # elements over which a statistic is summed at once; part of what defines the output's bytes
+BLOCK = 1 << 17  # elements of one block unless the run says otherwise; changes time and memory, never a byte
 SEGMENT = 1 << 24  # elements of one unit where a tensor can be cut: a unit is what a stopped run may have to redo
 COPY_BLOCK = 1 << 22  # bytes that a passthrough tensor is copied in
 THREAD = 1 << 22  # bytes of one thread's stack and of what its allocator keeps for later
