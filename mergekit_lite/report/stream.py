@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from mergekit_lite.checkpoint.meta import TensorMeta
 from mergekit_lite.checkpoint.reader import TORCH_DTYPES, Reader
+from mergekit_lite.run.threads import one_thread_per_operation
 
 BLOCK = 1 << 15  # elements: 256 kB in float64, so that a block and what is made of it stay in the cache
 RAW_BLOCK = 1 << 20  # bytes, of dtypes that torch does not know
@@ -50,19 +50,9 @@ def each(work: Callable[[Item], Found], items: Sequence[Item], threads: int) -> 
 
     torch's own threads are off meanwhile, since they would add up in another order on another machine.
     """
-    with _one_thread_per_operation():
+    with one_thread_per_operation():
         pool = ThreadPoolExecutor(threads)
         try:
             yield from pool.map(work, items)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _one_thread_per_operation() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -8,7 +8,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from mergekit_lite.run.evaluate import Blocks, Source, Stats, freeze, subset
 from mergekit_lite.run.journal import Done, Journal
 from mergekit_lite.run.pools import measure_pools
 from mergekit_lite.run.sink import Sink
+from mergekit_lite.run.threads import one_thread_per_operation
 
 JOURNAL_SECONDS = 3.0  # how much finished work a crash may cost, at most
 # Dtypes whose range float32 numbers may leave on the last rounding.
@@ -109,19 +110,8 @@ def execute(
     """Carry out what is left of `plan`. Raises InterruptedRun on Ctrl-C with everything finished so far safe, and
     whatever a source or a sink raises, likewise."""
     run = _Run(plan, _Counted(source), sink, journal, done, options)
-    with _one_thread_per_operation():
+    with one_thread_per_operation():
         return run.go()
-
-
-@contextlib.contextmanager
-def _one_thread_per_operation() -> Iterator[None]:
-    """torch splits long sums over its own threads and then adds up in another order; the run has threads of its own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Run:
