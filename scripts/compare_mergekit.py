@@ -151,8 +151,12 @@ class Maker:
             case "ram":
                 return self.recipe(method, 3, "base", {"epsilon": self.rng.uniform(1e-3, 2e-2)}, {})
             case "ramplus_tl":
-                shared = {"epsilon": self.rng.uniform(1e-3, 2e-2), "r": self.rng.uniform(0.05, 0.5), "alpha": 0.2}
-                return self.recipe(method, 3, "base", shared, {})
+                ratios: dict[str, Any] = {
+                    "epsilon": self.rng.uniform(1e-3, 2e-2),
+                    "r": self.rng.uniform(0.05, 0.5),
+                    "alpha": 0.2,
+                }
+                return self.recipe(method, 3, "base", ratios, {})
             case "model_stock":
                 return self.recipe(method, self.rng.randint(2, 4), "base", {"filter_wise": self.flag()}, {})
             case "arcee_fusion":
