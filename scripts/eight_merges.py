@@ -35,8 +35,9 @@ STATISTICS = {"fisher": "fisher", "regmean": "gram"}  # the setting that names a
 
 @dataclass(frozen=True)
 class Row:
-    """A method with fixed settings and those to choose from. `expected` is the figure that
-    its specification states for these tasks, `bar` what it should reach; with `beside` the bar counts from task arithmetic."""
+    """A method with fixed settings and those to choose from. `expected` is the figure that its specification states for
+    these tasks, `bar` what it should reach; with `beside` the bar counts from task arithmetic.
+    """
 
     method: str
     fixed: Settings = field(default_factory=dict)
@@ -52,7 +53,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        return ", ".join([self.method, *(f"{name} {value}" for name, value in self.fixed.items())])
+        return " ".join([self.method, *(f"{name} {value}" for name, value in self.fixed.items())])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from eight_merges import EXAMPLES, LAMBDAS, THRESHOLDS, Row, Score
 from eight_tasks import Setting
 from rich.box import SIMPLE
-from rich.table import Table
+from rich.table import Column, Table
 
 IMAGES = 1797  # in scikit-learn's digits
 CENSUS = {"in a mask": 29, "in none": 22, "in one": 17}  # what is expected, in percent
@@ -25,8 +25,8 @@ that merges any number of models. Every merge is a recipe, run by `merge_in_memo
 Accuracy is normalised: that of the merged model over that of the task's own fine-tune, mean over the tasks, in percent,
 on {test} test images a task; seeds {seeds}. The fine-tunes themselves are right in {own}% of the cases. *Expected* are
 the figures of the specification that the methods follow, measured with another implementation on models of its own;
-*bar* is what was to be reached; those of `breadcrumbs` and `consensus` count from task arithmetic. Differences below one
-point are noise.
+*bar* is what was to be reached; those of `breadcrumbs` and `consensus` count from task arithmetic. Differences below
+one point are noise.
 
 {every}
 
@@ -47,8 +47,8 @@ point are noise.
 - Fine-tunes: the encoder alone, {s.epochs} epochs at {s.rate:g}.
 
 Encoder, tasks and fine-tuning are the specification's. It leaves open how pixels are scaled, the base is trained and
-the heads are fitted. Some forty ways to do so were tried, many of them with one seed alone and all with their figures on
-the test split in sight. The one was kept whose base, average and task arithmetic came closest to what is expected;
+the heads are fitted. Some forty ways to do so were tried, many of them with one seed alone and all with their figures
+on the test split in sight. The one was kept whose base, average and task arithmetic came closest to what is expected;
 other methods did not count.
 
 ## Settings of the methods
@@ -84,7 +84,11 @@ class Results:
 
 def tables(results: Results, width: int) -> list[Table]:
     """Two tables for a terminal of `width` columns; a narrow one gets no column of settings."""
-    every = Table("method", title="normalised accuracy on the test split, percent, mean of the seeds", box=SIMPLE)
+    every = Table(
+        Column("method", no_wrap=True),
+        title="normalised accuracy on the test split, percent, mean of the seeds",
+        box=SIMPLE,
+    )
     for heading in ("accuracy", "of the seeds", "expected", "bar"):
         every.add_column(heading, justify="right", no_wrap=True)
     if width >= 130:
