@@ -97,7 +97,8 @@ def main() -> None:
         models = ", ".join(f"{m}: {(args.models / m).resolve()}" for m in ("base", "tune1", "tune2", "tune3"))
         target = (args.out / name).resolve()
         recipe.write_text(f"version: 1\nmodels: {{{models}}}\nsteps: {{m: {{{step}}}}}\nsave: {{to: {target}}}\n")
-        shutil.rmtree(target, ignore_errors=True)
+        for left in (target, target.with_name(f"{name}.partial")):
+            shutil.rmtree(left, ignore_errors=True)
         before = floor(args.models, inputs, args.out / "copy")
         seconds, peak = merge(recipe, args.threads)
         after = floor(args.models, inputs, args.out / "copy")
