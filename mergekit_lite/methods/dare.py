@@ -18,6 +18,17 @@ DROP = Param(
 )
 RESCALE = Param("rescale", "flag", True, "divide what is kept by 1 - drop_rate, so that the mean stays")
 LAMBDA = Param("lambda", "number", 1.0, "factor of the merged delta")
+VOTE = Param("weight", "number", 1.0, "share of this model in the vote and in the mean or sum", per_input=True)
+AGGREGATE = Param(
+    "aggregate", "choice", "mean", "how agreeing entries are put together", choices=("mean", "sum", "max")
+)
+ZERO_SIGN = Param(
+    "zero_sign",
+    "choice",
+    "positive",
+    "the sign where the vote is a draw: that of most entries of the tensor, plus, or none (result 0)",
+    choices=("majority", "positive", "drop"),
+)
 PAPER = "DARE, ICML 2024, arXiv 2311.03099"
 
 
@@ -86,17 +97,11 @@ def dare_linear(
 
 
 @method(
-    Param("weight", "number", 1.0, "share of this model in the vote and in the mean or sum", per_input=True),
+    VOTE,
     DROP,
     RESCALE,
-    Param("aggregate", "choice", "mean", "how agreeing entries are put together", choices=("mean", "sum", "max")),
-    Param(
-        "zero_sign",
-        "choice",
-        "positive",
-        "the sign where the vote is a draw: that of most entries of the tensor, plus, or none (result 0)",
-        choices=("majority", "positive", "drop"),
-    ),
+    AGGREGATE,
+    ZERO_SIGN,
     LAMBDA,
     MATCH,
     takes="delta",

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mergekit_lite.methods.dare import AGGREGATE, LAMBDA, VOTE, ZERO_SIGN
 from mergekit_lite.methods.elect import elect
 from mergekit_lite.methods.keys import keys_of
 from mergekit_lite.methods.linear import linear
@@ -33,7 +34,6 @@ EPSILON = Param(
     open_high=True,
     per_input=True,
 )
-LAMBDA = Param("lambda", "number", 1.0, "factor of the merged delta")
 
 
 def probabilities(length: int, density: float, epsilon: float) -> list[float]:
@@ -163,18 +163,12 @@ def della_linear(
 
 
 @method(
-    Param("weight", "number", 1.0, "share of this model in the vote and in the mean or sum", per_input=True),
+    VOTE,
     DENSITY,
     EPSILON,
     RESCALE,
-    Param("aggregate", "choice", "mean", "how agreeing entries are put together", choices=("mean", "sum", "max")),
-    Param(
-        "zero_sign",
-        "choice",
-        "positive",
-        "the sign where the vote is a draw: that of most entries of the tensor, plus, or none (result 0)",
-        choices=("majority", "positive", "drop"),
-    ),
+    AGGREGATE,
+    ZERO_SIGN,
     LAMBDA,
     MATCH,
     takes="delta",

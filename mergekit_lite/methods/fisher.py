@@ -52,7 +52,7 @@ def _measure(params: Params, inputs: int, numels: Sequence[int]) -> FisherNorms:
     return FisherNorms(inputs)
 
 
-def _without(*slots: Call | Slot, weight: Sequence[float], eps: float, normalize: bool) -> Call:
+def _without(*slots: Call | Slot, weight: Sequence[float], eps: float, smoothing: str, normalize: bool) -> Call:
     return linear(*slots, weight=tuple(weight))
 
 
@@ -67,7 +67,10 @@ def _check(params: Params, inputs: int) -> str | None:
 @method(
     Param("fisher", "reference", REQUIRED, "checkpoint with this model's diagonal Fisher information", per_input=True),
     Param("weight", "number", 1.0, "share of this model beside its Fisher information", low=0, per_input=True),
-    Param("eps", "number", 1e-6, "added to the Fisher information", low=0, open_low=True),
+    Param("eps", "number", 1e-6, "least importance of an entry", low=0, open_low=True),
+    Param(
+        "smoothing", "choice", "add", "`eps` is added to the Fisher information, or its floor", choices=("add", "floor")
+    ),
     Param("normalize", "flag", True, "divide a model's share by the norm of its Fisher information"),
     reach=_reach,
     measure=_measure,
@@ -80,6 +83,7 @@ def fisher(
     xs: Sequence[Tensor],
     weight: Sequence[float],
     eps: float,
+    smoothing: str,
     normalize: bool,
     stat: tuple[float, ...] | None = None,
 ) -> Tensor:
@@ -89,12 +93,15 @@ def fisher(
     weight_t / (||F_t|| + eps) where `normalize` is true: the norm runs over all tensors of the model, so that no model
     wins by the scale of its gradients alone.
 
+    With `smoothing: floor` it is max(F_t, eps) in place of F_t + eps. With `normalize: false` and the weights 1 - alpha
+    and alpha that is the Fisher-weighted form of WiSE-FT.
+
     `fisher` names, for every model, a checkpoint whose tensors have the names and shapes of the model's and hold the
     mean squared gradient of the log-likelihood, squared example by example. Tensors that it lacks take the mean
     weighted by `weight`. Takes models of one shape and gives that shape, in the dtype of the arithmetic. Equal Fisher
     information everywhere gives the weighted mean, and so does none.
 
-    Source: Matena and Raffel, NeurIPS 2022, arXiv 2111.09832.
+    Sources: Matena and Raffel, NeurIPS 2022, arXiv 2111.09832; Wortsman et al., WiSE-FT, CVPR 2022, arXiv 2109.01903.
     """
     count = len(xs) // 2
     shares = [w / (norm + eps) for w, norm in zip(weight, stat, strict=True)] if stat is not None else list(weight)
@@ -102,7 +109,7 @@ def fisher(
     over = torch.zeros_like(xs[0])
     for x, information, share in zip(xs[:count], xs[count:], shares, strict=True):
         if share:
-            term = (information + eps).mul_(share)
+            term = (information.clamp(min=eps) if smoothing == "floor" else information + eps).mul_(share)
             over.add_(term)
             total.add_(term.mul_(x))
     return total.div_(over)

@@ -28,8 +28,8 @@ def merged(
     return merge_in_memory(load_recipe(path), states)
 
 
-def close(got: Tensor, case: str, compute: str) -> None:
-    expected = tensor(ORACLES[case]["expected"]["out"])
+def close(got: Tensor, case: str, compute: str, name: str = "out") -> None:
+    expected = tensor(ORACLES[case]["expected"][name])
     if compute == "float64":
         torch.testing.assert_close(got, expected, rtol=0.0, atol=ORACLES[case]["atol"])
     else:
@@ -51,11 +51,23 @@ def test_fisher(case: str, compute: str, tmp_path: Path) -> None:
 
 
 @BOTH
+def test_wise_ft_weighted_by_fisher_information(compute: str, tmp_path: Path) -> None:
+    case = "wise_ft/fisher_weighted"
+    given, params = ORACLES[case]["inputs"], ORACLES[case]["params"]
+    states = {name: {key: tensor(value) for key, value in state.items()} for name, state in given.items()}
+    alpha = params["alpha"]
+    inputs = f"{{zeroshot: {{fisher: fisher0, weight: {1 - alpha}}}, finetuned: {{fisher: fisher1, weight: {alpha}}}}}"
+    settings = {"eps": params["fisher_floor"], "smoothing": "floor", "normalize": "false"}
+    out = merged(tmp_path, "fisher", inputs, states, compute, **settings)
+    close(out["w"], case, compute, "w")
+
+
+@BOTH
 def test_fisher_with_given_norms(compute: str) -> None:
     given, params = (ORACLES["fisher/normalized"][key] for key in ("inputs", "params"))
     xs = [tensor(x).to(getattr(torch, compute)) for x in (*given["models"], *given["fishers"])]
     norms = tuple(float(norm) for norm in given["model_fisher_norms"])
-    out = get("fisher").fn(xs, weight=params["lambda"], eps=params["eps"], normalize=True, stat=norms)
+    out = get("fisher").fn(xs, weight=params["lambda"], eps=params["eps"], smoothing="add", normalize=True, stat=norms)
     close(out, "fisher/normalized", compute)
 
 
