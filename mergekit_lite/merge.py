@@ -154,6 +154,7 @@ def run(
             sink.sync()
             shards = shard_digests(plan, count)
             inputs = inputs or sha256_files(input_files(plan), count)
+            reader.check()  # so that the lock speaks of the files that were merged
             complete(plan, lock_text(plan, inputs, shards))
     return Result(
         outputs=tuple(output.to for output in plan.outputs),

@@ -63,9 +63,8 @@ class Reader:
 
     def check(self) -> None:
         """Raises InputError where a file is not what it was when its header was read."""
-        for path in self._shards:
-            with self._file(path):
-                pass
+        for shard in self._shards.values():
+            os.close(_open_unchanged(shard))
 
     def read(self, meta: TensorMeta, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor, 1-D in its stored dtype, which must be one of TORCH_DTYPES.

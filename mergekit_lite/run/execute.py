@@ -133,6 +133,7 @@ class _Run:
         self.unsafe: list[tuple[int, dict[str, Any]]] = []
         self.safe_at = time.monotonic()
         self.written = 0
+        self.total = sum(_weight(unit) for unit in plan.units)
         for unit in plan.units:
             if unit.id in done.units:
                 self.findings.add(done.units[unit.id])
@@ -232,10 +233,17 @@ class _Run:
     def _tell(self, unit: Unit, count: int) -> None:
         number, tensor = unit.targets[0]
         output = self.plan.outputs[number]
-        total = self.plan.bytes_written
         place = (tensor.shard + 1, len(output.shards))
         progress = Progress(
-            "merge", unit.name, output.step, self.written, total, count, len(self.plan.units), *place, self.source.bytes
+            "merge",
+            unit.name,
+            output.step,
+            self.written,
+            self.total,
+            count,
+            len(self.plan.units),
+            *place,
+            self.source.bytes,
         )
         self.options.progress(progress)
 

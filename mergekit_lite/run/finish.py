@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from mergekit_lite.run.journal import NAME as JOURNAL
 from mergekit_lite.run.sink import partial
 
 RECIPE = "recipe.yaml"
-Digests = Mapping[str, Mapping[str, str]]
 
 
 def sha256_files(paths: Sequence[Path], threads: int) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from recipes_for_runs import SHAPES, STEPS, digests, merged, write_models, write
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mergekit_lite import load_recipe, merge_in_memory, plan, run
+from mergekit_lite import InputError, load_recipe, merge_in_memory, plan, run
 from mergekit_lite.methods.registry import get
 from mergekit_lite.methods.whole import apply
 from mergekit_lite.run import execute
@@ -143,6 +144,20 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert digests(result) == whole
     assert result.resumed >= 4
     assert result.bytes_read < run_bytes(half_models)
+
+
+def test_an_input_that_changes_after_it_was_read_is_not_locked(tmp_path: Path) -> None:
+    models = write_models(tmp_path / "models")
+    made = plan(load_recipe(write_recipe(tmp_path / "r.yaml", models, STEPS["linear"], tmp_path / "out")))
+    shard = next((models / "b").glob("*.safetensors"))
+
+    def touch(progress: execute.Progress) -> None:
+        if progress.done == progress.total:
+            os.utime(shard, ns=(0, 0))
+
+    with pytest.raises(InputError, match="changed"):
+        run(made, threads=1, progress=touch)
+    assert not (tmp_path / "out").exists()
 
 
 def run_bytes(models: Path) -> int:
