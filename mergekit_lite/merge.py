@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lite.checkpoint.adapter import open_adapter, with_adapter
 from mergekit_lite.checkpoint.find import open_checkpoint
 from mergekit_lite.checkpoint.meta import Checkpoint
 from mergekit_lite.errors import MergeError, Problem, RecipeError
@@ -106,7 +107,11 @@ def _open_all(recipe: Recipe, names: Sequence[str], offline: bool) -> dict[str, 
     for name in names:
         model = recipe.models[name]
         try:
-            found[name] = open_checkpoint(model.location, model.revision, mark=model.mark, offline=offline)
+            opened = open_checkpoint(model.location, model.revision, mark=model.mark, offline=offline)
+            if model.adapter is not None:
+                adapter = open_adapter(model.adapter, model.adapter_revision, mark=model.mark, offline=offline)
+                opened = with_adapter(opened, adapter, model.mark)
+            found[name] = opened
         except MergeError as error:
             fault = error
             problems += error.problems
@@ -191,6 +196,10 @@ def merge_in_memory(
 
     if len(recipe.saves) != 1:
         raise RecipeError(Problem("in memory a recipe has one `save`", None, "keep one of them"))
+    with_adapters = [recipe.models[name] for name in used_models(recipe) if recipe.models[name].adapter is not None]
+    if with_adapters:
+        hint = "fold it in first, with peft's `merge_and_unload()`, and give that model's state dict"
+        raise RecipeError([Problem(f"`{m.name}` has an adapter, not in memory", m.mark, hint) for m in with_adapters])
     missing = [name for name in used_models(recipe) if name not in models]
     if missing:
         marks = [recipe.models[name].mark for name in missing]

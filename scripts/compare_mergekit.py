@@ -6,6 +6,9 @@ mergekit is not a dependency: install it in an environment of its own and name i
 it runs the recipes of one method in one process. Models are Llama-shaped, four layers, float32. Every method without
 randomness gets 20 random settings: plain numbers, gradients, filters, which models. The figure is the largest
 difference of an entry relative to the largest entry of its tensor, over all tensors and settings.
+
+Rows with `compat` have settings in which the two decide otherwise unless the recipe says `compat: true`: densities that
+round badly, weights of both signs and such that add up to 0, changes next to nothing, tensors of zeros.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import os
 import random
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +31,44 @@ from mergekit_lite import load_recipe, plan, run
 from mergekit_lite.errors import MergeError
 
 LAYERS, HIDDEN, INNER, VOCABULARY = 4, 16, 32, 40
+ROUND_BADLY = 50  # the vocabulary of the models for `compat`
 SETTINGS = 20
 TUNED = "abcdef"
+SLIGHT = "stu"  # changes so small that mergekit's `sce` gives all models one weight
+EMPTY = "z"  # a model whose value projections are 0
+SAME = "w"  # a model that has left the query projections as the base has them
+BADLY = (0.145, 0.285, 0.29, 0.565, 0.57, 0.575, 0.58)  # times 800, those models' embedding, next to a whole number
 BEGIN, END = "<!-- table: scripts/compare_mergekit.py -->", "<!-- end of table -->"
 Recipe = dict[str, Any]
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
+def shapes(vocabulary: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the models' tensors."""
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, HIDDEN)}
     for layer in range(LAYERS):
         lead = f"model.layers.{layer}."
         found |= {f"{lead}self_attn.{part}_proj.weight": (HIDDEN, HIDDEN) for part in "qkvo"}
         found |= {f"{lead}mlp.{part}_proj.weight": (INNER, HIDDEN) for part in ("gate", "up")}
         found[f"{lead}mlp.down_proj.weight"] = (HIDDEN, INNER)
         found |= {f"{lead}{part}_layernorm.weight": (HIDDEN,) for part in ("input", "post_attention")}
-    return found | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+    return found | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (vocabulary, HIDDEN)}
 
 
-def write_models(folder: Path) -> None:
-    """A base and six fine-tunes of it."""
+def write_models(folder: Path, vocabulary: int) -> None:
+    """A base, six fine-tunes of it, and the models that `compat` is for."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    base = {name: 0.1 * draw(shape) for name, shape in shapes().items()}
+    base = {name: 0.1 * draw(shape) for name, shape in shapes(vocabulary).items()}
     models = {"base": base}
     for name in TUNED:
         models[name] = {key: x + 0.05 * draw(tuple(x.shape)) * draw(tuple(x.shape)) for key, x in base.items()}
+    for name in SLIGHT:
+        models[name] = {key: x + 3e-4 * draw(tuple(x.shape)) for key, x in base.items()}
+    models[EMPTY] = {key: 0 * x if "v_proj" in key else x for key, x in models["a"].items()}
+    models[SAME] = {key: base[key] if "q_proj" in key else x for key, x in models["b"].items()}
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -65,7 +77,7 @@ def write_models(folder: Path) -> None:
         "num_hidden_layers": LAYERS,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
     }
@@ -107,6 +119,49 @@ class Maker:
         ]
         made: Recipe = {"merge_method": method, "models": models, "parameters": shared, "dtype": "float32"}
         return made | ({"base_model": str(self.folder / base)} if base else {})
+
+    def listed(self, method: str, names: Sequence[str], base: str | None, shared: Recipe, **per_input: Any) -> Recipe:
+        """A merge of these models with these parameters beside them, in mergekit's numbers."""
+        given = [dict(zip(per_input, values, strict=True)) for values in zip(*per_input.values(), strict=True)]
+        models = [
+            {"model": str(self.folder / name), **({"parameters": own} if own else {})}
+            for name, own in zip(names, given or [{}] * len(names), strict=True)
+        ]
+        made: Recipe = {"merge_method": method, "models": models, "parameters": shared, "dtype": "float32"}
+        return made | {"compat": True} | ({"base_model": str(self.folder / base)} if base else {})
+
+    def in_compat(self, method: str) -> Recipe:
+        """A merge in which the two programs decide otherwise without `compat`."""
+        names = self.rng.sample(TUNED, 3)
+        opposed = [round(self.rng.uniform(0.2, 1.0), 3), round(self.rng.uniform(-1.0, -0.2), 3), 0.5]
+        nothing = self.rng.choice([[0.25, 0.5, -0.75], [1.0, -1.0, 0.0]])
+        match method:
+            case "ties" | "dare_ties" | "della":
+                density = [self.rng.choice(BADLY) if method == "ties" else 1.0 for _ in names]
+                shared: Recipe = {"normalize": True}
+                return self.listed(method, names, "base", shared, weight=opposed, density=density)
+            case "breadcrumbs" | "breadcrumbs_ties":
+                ties = method == "breadcrumbs_ties"
+                density = [self.rng.choice((*BADLY, 0.05)) for _ in names]
+                gamma = [self.rng.choice(BADLY[:3]) for _ in names]
+                weight = opposed if ties else nothing
+                return self.listed(
+                    method, names, "base", {"normalize": True}, weight=weight, density=density, gamma=gamma
+                )
+            case "task_arithmetic" | "dare_linear" | "della_linear":
+                return self.listed(method, names, "base", {"normalize": True}, weight=nothing)
+            case "sce":
+                return self.listed(method, SLIGHT, "base", {"select_topk": self.rng.choice((0.01, *BADLY, 1.0))})
+            case "slerp":
+                return self.listed(method, [EMPTY], "base", {"t": round(self.rng.random(), 3)})
+            case "nuslerp":
+                shared = {"nuslerp_flatten": self.flag(), "nuslerp_row_wise": self.flag()}
+                if self.flag():
+                    return self.listed(method, ["c", SAME], "base", shared, weight=[0.4, 0.9])
+                return self.listed(
+                    method, ["c", EMPTY], None, shared, weight=self.rng.choice(([0.5, -0.5], [0.3, 0.7]))
+                )
+        raise ValueError(method)
 
     def flag(self) -> bool:
         return self.rng.random() < 0.5
@@ -185,6 +240,11 @@ METHODS = (
     "breadcrumbs", "breadcrumbs_ties", "nuslerp", "multislerp", "karcher", "sce", "ram", "ramplus_tl", "model_stock",
     "nearswap", "arcee_fusion", "slices",
 )  # fmt: skip
+IN_COMPAT = (
+    "ties", "dare_ties", "della", "breadcrumbs", "breadcrumbs_ties", "task_arithmetic", "dare_linear", "della_linear",
+    "sce", "slerp", "nuslerp",
+)  # fmt: skip
+MARK = " compat"  # after the name of a method whose settings are those of `in_compat`
 
 
 def compare(method: str, recipes: list[Recipe], multi: Path, folder: Path) -> str:
@@ -230,15 +290,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("executable", type=Path, help="mergekit-yaml of an environment that has mergekit")
     parser.add_argument("--write", type=Path, help="a Markdown file whose table is replaced")
-    parser.add_argument("--only", nargs="*", default=METHODS, help="methods to compare")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=(*METHODS, *(m + MARK for m in IN_COMPAT)),
+        help="methods to compare, `ties compat` with the settings for `compat`",
+    )
     options = parser.parse_args()
     rows = ["| method | largest relative difference | where |", "|---|---|---|"]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        write_models(folder / "models")
+        write_models(folder / "models", VOCABULARY)
+        write_models(folder / "compat", ROUND_BADLY)
         for method in options.only:
-            maker = Maker(folder / "models", random.Random(method))
-            recipes = [maker.make(method) for _ in range(SETTINGS)]
+            plain = method.removesuffix(MARK)
+            maker = Maker(folder / ("models" if plain == method else "compat"), random.Random(method))
+            make = maker.make if plain == method else maker.in_compat
+            recipes = [make(plain) for _ in range(SETTINGS)]
             rows.append(compare(method, recipes, options.executable.parent / "mergekit-multi", folder))
             print(rows[-1], flush=True)
     if options.write:

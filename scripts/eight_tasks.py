@@ -26,19 +26,20 @@ HEAD = ("head.weight", "head.bias")
 
 @dataclass(frozen=True)
 class Setting:
-    """How everything is trained. `train` and `validation` are numbers of images, the test split is the rest; heads are
-    fitted to the first `head_images` of the training images."""
+    """How everything is trained. `train` and `validation` are numbers of images, the test split is the rest. Pixels lie
+    in [0, 1]; if `standardized`, they have mean 0 and deviation 1 over a task's training images."""
 
     width: int = 512
     train: int = 1000
     validation: int = 250
+    standardized: bool = False
     noise: float = 0.3
-    batch: int = 64
-    base_epochs: int = 10
+    base_batch: int = 128
+    base_epochs: int = 20
     base_rate: float = 1e-3
-    head_images: int = 1000
-    head_epochs: int = 10
-    head_rate: float = 1e-3
+    head_epochs: int = 8
+    head_rate: float = 1e-2
+    batch: int = 64
     epochs: int = 25
     rate: float = 2e-4
 
@@ -124,8 +125,10 @@ def experiment(seed: int, setting: Setting, cache: Path) -> Experiment:
     asked: dict[str, dict[str, Tensor]] = {}
     for name, task in kinds.items():
         pixels = task.show(images).flatten(1)
-        seen = pixels[cuts["train"]]
-        shown[name] = {split: (pixels[cut] - seen.mean()) / seen.std() for split, cut in cuts.items()}
+        if setting.standardized:
+            seen = pixels[cuts["train"]]
+            pixels = (pixels - seen.mean()) / seen.std()
+        shown[name] = {split: pixels[cut] for split, cut in cuts.items()}
         asked[name] = {split: task.label(labels)[cut] for split, cut in cuts.items()}
 
     def trained() -> dict[str, Weights]:
@@ -153,14 +156,14 @@ def _train(
         f"encoder.layers.{i}.{n}": p.detach() for i, layer in enumerate(layers) for n, p in layer.named_parameters()
     }
 
-    def fit(weights: Weights, learned: Collection[str], task: str, count: int, epochs: int, rate: float) -> Weights:
-        """`weights` with the `learned` ones trained by Adam over shuffled batches of the first `count` images."""
+    def fit(weights: Weights, learned: Collection[str], task: str, batch: int, epochs: int, rate: float) -> Weights:
+        """`weights` with the `learned` ones trained by Adam over shuffled batches."""
         leaves = {name: w.clone().requires_grad_(name in learned) for name, w in weights.items()}
         optimizer = torch.optim.Adam([leaves[name] for name in learned], lr=rate, fused=True)
         for _ in range(epochs):
-            for batch in torch.randperm(count).split(setting.batch):
+            for seen in torch.randperm(setting.train).split(batch):
                 optimizer.zero_grad()
-                cross_entropy(scores(leaves, leaves, images[task][batch]), labels[task][batch]).backward()
+                cross_entropy(scores(leaves, leaves, images[task][seen]), labels[task][seen]).backward()
                 optimizer.step()
         return {name: leaf.detach() for name, leaf in leaves.items()}
 
@@ -168,13 +171,13 @@ def _train(
         layer = torch.nn.Linear(setting.width, count)
         return {name: p.detach() for name, p in zip(HEAD, layer.parameters(), strict=True)}
 
-    whole, few = setting.train, setting.head_images
-    found = fit({**encoder, **head(10)}, [*encoder, *HEAD], "upright", whole, setting.base_epochs, setting.base_rate)
+    s = setting
+    found = fit({**encoder, **head(10)}, [*encoder, *HEAD], "upright", s.base_batch, s.base_epochs, s.base_rate)
     base = {name: found[name] for name in encoder}
     models = {"base": base}
     for task, count in classes.items():
-        probed = fit({**base, **head(count)}, HEAD, task, few, setting.head_epochs, setting.head_rate)
-        models[task] = fit(probed, list(base), task, whole, setting.epochs, setting.rate)
+        probed = fit({**base, **head(count)}, HEAD, task, s.batch, s.head_epochs, s.head_rate)
+        models[task] = fit(probed, list(base), task, s.batch, s.epochs, s.rate)
     return models
 
 

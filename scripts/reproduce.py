@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from eight_merges import Bench, Row, Score, all_rows
 from eight_tasks import Setting, experiment
-from reproduce_text import Results, bars_text, census_text, document, tables
+from reproduce_text import JUDGED, Results, bars_text, census_text, document, tables
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -30,10 +30,11 @@ SEEDS = (0, 1, 2)
 CACHE = Path("demo/eight_tasks")
 BASE = Row("base", expected=88.3)
 OTHERS = {
-    "heads of 200 images, 50 epochs at 0.01": Setting(head_images=200, head_epochs=50, head_rate=1e-2),
-    "base untrained, heads 15 epochs": Setting(base_epochs=0, head_epochs=15),
+    "base in batches of 64": Setting(base_batch=64),
+    "pixels standardised": Setting(standardized=True, base_batch=64, base_epochs=10, head_epochs=10, head_rate=1e-3),
 }
-COMPARED = ("base", "linear", "task_arithmetic", "iso_c", "tsv_m", "tall_masks")  # with the other settings
+# With the other settings: what settings are judged by, and the rows with a bar.
+COMPARED = (BASE.label, *JUDGED, *(row.label for row in all_rows() if row.bar is not None))
 
 
 @functools.lru_cache(maxsize=len(SEEDS))
@@ -51,12 +52,13 @@ def train(seed: int, setting: Setting) -> float:
 def score(row: Row, seed: int, setting: Setting) -> Score:
     measured = bench(seed, setting)
     if row.method == BASE.method:
-        return Score(measured.normalized_one(measured.models["base"], "test"), {})
+        base = measured.models["base"]
+        return Score(measured.normalized_one(base, "test"), {}, measured.normalized_one(base, "validation"))
     return measured.score(row)
 
 
-def census(seed: int) -> dict[str, float]:
-    return bench(seed, Setting()).census()
+def census(seed: int, setting: Setting) -> dict[str, float]:
+    return bench(seed, setting).census()
 
 
 def measure(workers: int, console: Console) -> Results:
@@ -78,21 +80,19 @@ def measure(workers: int, console: Console) -> Results:
             (name, row.label): [pool.submit(score, row, seed, setting) for seed in SEEDS]
             for name, setting in settings.items()
             for row in rows
-            if not name or row.method in COMPARED
+            if not name or row.label in COMPARED
         }
-        censuses = [pool.submit(census, seed) for seed in SEEDS]
-        wait("merging", [*(future for futures in scores.values() for future in futures), *censuses])
+        censuses = {name: [pool.submit(census, seed, s) for seed in SEEDS] for name, s in settings.items()}
+        started: list[list[Future[Any]]] = [*scores.values(), *censuses.values()]
+        wait("merging", [future for futures in started for future in futures])
         found = {key: [future.result() for future in futures] for key, futures in scores.items()}
         return Results(
             SEEDS,
             rows,
             [found["", row.label] for row in rows],
             [future.result() for future in own[""]],
-            [future.result() for future in censuses],
-            {
-                name: {label: fmean(s.accuracy for s in line) for (n, label), line in found.items() if n == name}
-                for name in OTHERS
-            },
+            {name: [future.result() for future in futures] for name, futures in censuses.items()},
+            {name: {label: line for (n, label), line in found.items() if n == name} for name in OTHERS},
         )
 
 

@@ -26,6 +26,27 @@ def halves(xs, share):
     """Weighted mean of two models."""
     return xs[0] * share + xs[1] * (1 - share)
 '''
+HALFWAY = '''
+"""A composite beside a base that it uses itself."""
+
+from mergekit_lite.methods import get
+from mergekit_lite.methods.registry import method
+from mergekit_lite.methods.spec import Param
+
+
+@method(
+    Param("weight", "number", 1.0, "share of this model", per_input=True),
+    Param("t", "number", 0.5, "place on the line from the base to the mean", low=0, high=1),
+    takes="weight",
+    gives="weight",
+    base="required",
+    composite=True,
+)
+def halfway(*slots, weight, t):
+    """Part of the way from the base to the mean of the models."""
+    *models, base = slots
+    return get("interpolate")(base, get("linear")(*models, weight=weight), t=t)
+'''
 RECIPE = """\
 version: 1
 models: {a: ./a, b: ./b}
@@ -100,6 +121,23 @@ def test_an_installed_method_merges(folder: Path) -> None:
     # Its settings are checked as those of the built-in methods are.
     refused = merge(folder, "plan", "r.yaml", "--set", "steps.m.with.share=2")
     assert refused.returncode == 3 and "`share` must lie in [0, 1], not 2" in refused.stderr
+
+
+def test_a_composite_gets_the_base_as_its_last_slot(folder: Path) -> None:
+    install(folder, "merge_halfway", HALFWAY)
+    recipe = RECIPE.replace("METHOD", "halfway").replace("of: [a, b]", "of: {a: {weight: 3}, b: }")
+    recipe = recipe.replace("b: ./b", "b: ./b, c: ./c")
+    (folder / "c").symlink_to(folder / "a")
+    (folder / "none.yaml").write_text(recipe.replace("SETTINGS", ""), encoding="utf-8")
+    (folder / "based.yaml").write_text(recipe.replace("SETTINGS", ", base: c, with: {t: 0.25}"), encoding="utf-8")
+    absent = merge(folder, "plan", "none.yaml")
+    assert absent.returncode == 3 and "`halfway` needs a `base`" in absent.stderr
+    ran = merge(folder, "run", "based.yaml")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    a, b, ours = (load_file(folder / name / "model.safetensors") for name in ("a", "b", "out"))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, a[name] * (0.75 + 0.25 * 0.75) + b[name] * 0.25 * 0.25)
+    assert "interpolate(base, linear(a, b), t=0.5)" in merge(folder, "methods", "halfway").stdout
 
 
 BROKEN = {

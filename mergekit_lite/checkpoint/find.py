@@ -38,7 +38,11 @@ def open_checkpoint(
     try:
         return _open(location, revision, offline)
     except InputError as error:
-        raise InputError([replace(problem, mark=problem.mark or mark) for problem in error.problems]) from error
+        raise type(error)([replace(problem, mark=problem.mark or mark) for problem in error.problems]) from error
+
+
+class AdapterFound(InputError):
+    """The location holds an adapter where a whole model is asked for."""
 
 
 def _open(location: str, revision: str | None, offline: bool) -> Checkpoint:
@@ -103,8 +107,8 @@ def _list_folder(folder: Path, location: str) -> _Listing:
         _check_numbers(files, location)
         return _Listing(tuple(files))
     if "adapter_config.json" in names or "adapter_model.safetensors" in names:
-        hint = "merge the adapter into its base first: peft's `merge_and_unload()`, then `save_pretrained(...)`"
-        raise InputError(f"`{location}` holds an adapter, not a whole model", hint=hint)
+        hint = f"name it with its base: `{{path: BASE, adapter: {location}}}` under `models`"
+        raise AdapterFound(f"`{location}` holds an adapter, not a whole model", hint=hint)
     if any(name.endswith(_PICKLES) for name in names):
         raise InputError(f"`{location}` holds pickled weights and no .safetensors file", hint=_CONVERT)
     raise InputError(f"`{location}` holds no .safetensors file", hint=f"{_KINDS}; {_CONVERT}")

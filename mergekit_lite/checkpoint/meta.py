@@ -57,11 +57,49 @@ class ShardFile:
 
 
 @dataclass(frozen=True, slots=True)
+class LowRank:
+    """What an adapter adds to one weight: `scale` times the product of `b` and `a`.
+
+    `a` is r x in and `b` is out x r, for convolutions with the kernel's axes behind. `embedding` tells that the weight
+    is stored as in x out whatever its shape; `magnitude` are the lengths of DoRA, `bias` what is added to the bias.
+    """
+
+    a: TensorMeta
+    b: TensorMeta
+    scale: float
+    embedding: bool = False
+    magnitude: TensorMeta | None = None
+    bias: TensorMeta | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter seen through its configuration and its header.
+
+    `low_rank` has an entry for each adapted module, by the module's name; `whole` are tensors that take the place of
+    the base's, by name. `files` are the weights and the configuration, both of which decide the result. `transposed`
+    tells that the weights of linear layers are stored as in x out, `retied` that a tied head follows the embedding.
+    `base` is the model that the adapter says it was made for.
+    """
+
+    location: str
+    revision: str | None
+    folder: Path
+    low_rank: Mapping[str, LowRank]
+    whole: Mapping[str, TensorMeta]
+    files: tuple[ShardFile, ...]
+    transposed: bool = False
+    retied: bool = False
+    base: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint seen through its headers. `tensors` keeps the order on disk: shard by shard, offset by offset.
 
     `folder` is where config.json and the tokenizer files lie. `notes` are findings that do not stop a merge but that a
-    person may want to see, such as tensors on disk that the index leaves out.
+    person may want to see, such as tensors on disk that the index leaves out. With an `adapter`, `tensors` are the
+    base's, to which it is added when they are read, and `shards` hold its files too.
     """
 
     location: str
@@ -72,3 +110,4 @@ class Checkpoint:
     shards: tuple[ShardFile, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[Problem, ...] = ()
+    adapter: Adapter | None = None

@@ -34,12 +34,17 @@ def inspect(
     """Show what a checkpoint holds: family, layers, sizes, dtypes, tied tensors.
 
     Reads headers and config.json only, unless --stats is given. Statistics are those of the finite numbers, in float64;
-    std is that of the whole population.
+    std is that of the whole population. Of a LoRA adapter it shows what it changes, and how much.
     """
     from mergekit_lite import merge
+    from mergekit_lite.checkpoint.find import AdapterFound
     from mergekit_lite.report.look import look, open_location
 
-    opened = open_location(checkpoint, offline)
+    try:
+        opened = open_location(checkpoint, offline)
+    except AdapterFound:
+        _adapter(checkpoint, offline, tensors, json)
+        return
     seen = look(opened)
     found = _measure(opened, threads or merge.default_threads()) if stats else None
     if json:
@@ -51,6 +56,39 @@ def inspect(
             show.line()
             _table(opened, tensors, found)
     show.warnings(seen.notes)
+
+
+def _adapter(location: str, offline: bool, tensors: bool, json: bool) -> None:
+    """What an adapter changes, in place of a checkpoint's family and layers."""
+    from mergekit_lite.report.adapter import adapter_at, look_at, tensors_of
+
+    opened = adapter_at(location, offline)
+    seen = look_at(opened)
+    metas = list(tensors_of(opened))
+    if json:
+        listed = [{"name": m.name, "shape": m.shape, "dtype": m.dtype, "bytes": m.nbytes} for m in metas]
+        show.json(seen.as_json() | ({"list": listed} if tensors else {}))
+        return
+    modules = ", ".join(f"{count} {name}" for name, count in seen.modules.items())
+    rows = [
+        ("adapter", seen.location + (f" at {seen.revision}" if seen.revision else "")),
+        ("kind", f"{seen.kind} · {show.count(sum(seen.modules.values()), 'module')}"),
+        ("made for", seen.base or ""),
+        ("modules", modules),
+        ("rank", ", ".join(map(str, seen.ranks))),
+        ("scale", ", ".join(f"{scale:g}" for scale in seen.scales)),
+        ("whole", ", ".join(seen.whole)),
+        ("tensors", f"{seen.tensors:,}"),
+        ("parameters", f"{seen.parameters:,}"),
+        ("size", show.size(seen.bytes)),
+    ]
+    for name, text in rows:
+        if text:
+            show.line(f"{name:<14}{text}")
+    if tensors:
+        show.line()
+        columns = ["tensor", "shape", "dtype", "bytes"]
+        show.table(columns, [[m.name, show.shape(m.shape), m.dtype, f"{m.nbytes:,}"] for m in metas], right=["bytes"])
 
 
 def _measure(opened: Checkpoint, threads: int) -> dict[str, Stats | None]:

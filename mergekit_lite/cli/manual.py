@@ -76,7 +76,8 @@ def reach(method: Method) -> str:
 
 def parts(method: Method) -> str:
     """A composite written out as its parts, for two inputs and with defaults; empty for other methods."""
-    return _written(_parts(method)) if method.composite else ""
+    names = [*string.ascii_lowercase[: _count(method)], "base"]
+    return _written(_parts(method), names) if method.composite else ""
 
 
 def settings(method: Method) -> list[tuple[str, ...]]:
@@ -196,7 +197,9 @@ def _count(method: Method) -> int:
 
 
 def _parts(method: Method) -> Call | Slot:
-    return expand(method, _count(method), _defaults(method, _count(method)))
+    count = _count(method)
+    slots = tuple(map(Slot, range(count + method.base_last)))
+    return expand(Call(method, slots, tuple(_defaults(method, count).items())))
 
 
 def _reach(method: Method) -> Reach:
@@ -214,10 +217,10 @@ def _calls(call: Call | Slot) -> Iterator[Call]:
             yield from _calls(below)
 
 
-def _written(call: Call | Slot) -> str:
+def _written(call: Call | Slot, names: Sequence[str]) -> str:
     if isinstance(call, Slot):
-        return string.ascii_lowercase[call.index]
-    below = [_written(one) for one in call.inputs]
+        return names[call.index]
+    below = [_written(one, names) for one in call.inputs]
     for key, value in call.params:
         param = call.method.param(key)
         same = value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value

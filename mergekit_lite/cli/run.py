@@ -189,4 +189,6 @@ def detail_of(progress: Progress, rate: float) -> str:
         number, done = passes(progress)
         return f"{done}/{progress.total}  pass {number}  {show.size(rate)}/s"
     place = f"{progress.tensors}/{progress.all_tensors}  shard {progress.shard}/{progress.shards}"
+    if progress.within is not None:
+        return f"{place}  iteration {progress.within[0]}/{progress.within[1]}"
     return f"{place}  {show.size(rate)}/s"

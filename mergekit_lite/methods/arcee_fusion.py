@@ -36,16 +36,16 @@ def importance(xs: Sequence[Tensor]) -> Tensor:
 
 
 class Fence:
-    """A `Measure`: the median plus one and a half interquartile ranges of the third input, which is at least 0."""
+    """A `Measure`: the median plus one and a half interquartile ranges of the third input, which is at least 0.
+
+    A quartile is the entry of index floor(q (n - 1)) in ascending order: the lower one where it lies between two.
+    """
 
     def __init__(self, numels: Sequence[int]):
-        numel = sum(numels)
-        # A quartile lies between two entries; ranks count from the largest entry.
-        self._places = [divmod(quarter * max(numel - 1, 0), 4) for quarter in (1, 2, 3)]
-        ranks = {max(numel, 1) - place - up: 0 for place, rest in self._places for up in (0, int(rest > 0))}
-        self._ranks = list(ranks)
-        self._last = max(numel, 1)
-        self._statistics = Derived([OrderStatistics(self._ranks, numels, ties=False)], lambda _, xs, start: xs[2:3])
+        last = max(sum(numels) - 1, 0)
+        # Ranks count from the largest entry.
+        ranks = [last - last * quarter // 4 + 1 for quarter in (1, 2, 3)]
+        self._statistics = Derived([OrderStatistics(ranks, numels, ties=False)], lambda _, xs, start: xs[2:3])
 
     def part(self, tensor: int) -> Part | None:
         return self._statistics.part(tensor)
@@ -54,13 +54,7 @@ class Fence:
         return self._statistics.close(parts)
 
     def result(self, tensor: int) -> float:
-        (bounds,) = self._statistics.result(tensor)
-        value = {rank: magnitude for rank, (magnitude, _) in zip(self._ranks, bounds, strict=True)}
-        first, median, third = (
-            value[self._last - place]
-            + rest / 4 * (value[self._last - place - int(rest > 0)] - value[self._last - place])
-            for place, rest in self._places
-        )
+        ((first, _), (median, _), (third, _)) = self._statistics.result(tensor)[0]
         fence: float = median + 1.5 * (third - first)
         return fence
 
@@ -76,8 +70,8 @@ def take_important(xs: Sequence[Tensor], stat: float | None = None) -> Tensor:
     out = b where s >= median(s) + 1.5 (Q3(s) - Q1(s)), else a; a, b and s are the inputs.
 
     Takes three tensors of one shape, s not negative (`importance`), and gives that shape, each entry's bits being those
-    of a or b. The quartiles Q1 and Q3 and the median are exact, over one tensor, and lie between two entries in
-    proportion.
+    of a or b. The quartiles Q1 and Q3 and the median are exact, over one tensor: the entry of index floor(q (n - 1)) in
+    ascending order, for q = 1/4, 1/2, 3/4.
 
     Source: Goddard et al., Arcee's MergeKit, EMNLP 2024 (industry track), arXiv 2403.13257 (arcee_fusion).
     """
@@ -93,11 +87,13 @@ def arcee_fusion(a: Call | Slot, b: Call | Slot) -> Call:
     divergence being that of the entry's row (the last axis), median and quartiles those of the tensor.
 
     Made of `importance` and `take_important`. Takes the model to keep and the model to take from, in this order, of one
-    shape, and gives that shape, each entry's bits being those of one of them.
+    shape, and gives that shape, each entry's bits being those of one of them. A quartile between two entries is the
+    lower one.
 
     Unlike mergekit: quartiles are exact for tensors of any size (there those of a random sample above a million
-    entries), and the divergence is formed in double precision, where it holds for small changes too. Its `base_model`
-    is the first input here.
+    entries), and the divergence is formed in double precision. There it is a sum in float32 that cancels where changes
+    are small: of weights near 0.02, changed by 1e-3, 3 in 100 entries come from the other model, and none where that
+    sum is formed in double precision too. Its `base_model` is the first input here.
 
     Source: Goddard et al., Arcee's MergeKit, EMNLP 2024 (industry track), arXiv 2403.13257.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mergekit_lite.methods.compat import COMPAT
 from mergekit_lite.methods.elect import elect
 from mergekit_lite.methods.linear import linear
 from mergekit_lite.methods.match_norm import MATCH, matched
@@ -11,7 +12,6 @@ from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.sparsify import sparsify
 from mergekit_lite.methods.spec import REQUIRED, Call, Param, Params, Slot
 from mergekit_lite.methods.task_arithmetic import NORMALIZE, check_normalize, summed
-from mergekit_lite.methods.ties import upright
 
 DENSITY = Param(
     "density", "number", REQUIRED, "share of this model's delta that is kept", 0, 1, open_low=True, per_input=True
@@ -48,9 +48,10 @@ def _middle(
     scope: str,
     remove_first: bool,
     match: bool,
+    compat: bool,
 ) -> list[Call | Slot]:
     kept: list[Call | Slot] = [
-        sparsify(d, density=share, keep="middle", gamma=cut, scope=scope, remove_first=remove_first)
+        sparsify(d, density=share, keep="middle", gamma=cut, scope=scope, remove_first=remove_first, compat=compat)
         for d, share, cut in zip(deltas, density, gamma, strict=True)
     ]
     # Without `remove_first` outliers go even where the density is 1.
@@ -66,6 +67,7 @@ def _middle(
     FIRST,
     NORMALIZE,
     MATCH,
+    COMPAT,
     takes="delta",
     gives="delta",
     base="required",
@@ -84,6 +86,7 @@ def breadcrumbs(
     remove_first: bool,
     normalize: bool,
     match_norm: bool,
+    compat: bool,
 ) -> Call:
     """Remove the largest and the smallest changes of every model, add the sum of the rest to the base.
 
@@ -93,19 +96,22 @@ def breadcrumbs(
     is divided by sum_t weight_t.
 
     Made of `sparsify` with `keep: middle`, and `linear`. Takes one or more models fine-tuned from the base, of one
-    shape, and gives that shape, in the dtype of the arithmetic. `scope` ranks within one tensor, within rows of the
-    last axis (the published code), or over the whole model (then the settings must be the same for all tensors).
+    shape, and gives that shape, in the dtype of the arithmetic. `scope` ranks within one tensor (the default, the
+    paper's layer), within rows of the last axis (the published code), or over the whole model (then the settings must
+    be the same for all tensors).
+
+    `compat` counts as `sparsify` explains, and does not normalise weights that add up to 0; else these are an error.
 
     Two habits are in circulation: the paper keeps about a tenth (density 0.1, gamma 0.01), public tools nine tenths.
 
     Source: Davari and Belilovsky, Model Breadcrumbs, ECCV 2024, arXiv 2312.06795.
     """
-    kept = _middle(deltas, density, gamma, scope, remove_first, match_norm)
-    return summed(kept, weight, lambda_, normalize)
+    kept = _middle(deltas, density, gamma, scope, remove_first, match_norm, compat)
+    return summed(kept, weight, lambda_, normalize, compat)
 
 
 @method(
-    Param("weight", "number", 1.0, "share of this model in the vote and in the mean or sum", low=0, per_input=True),
+    Param("weight", "number", 1.0, "share of this model in the vote and in the mean or sum", per_input=True),
     DENSITY,
     GAMMA,
     LAMBDA,
@@ -120,6 +126,7 @@ def breadcrumbs(
         choices=("auto", "majority", "positive", "drop"),
     ),
     MATCH,
+    COMPAT,
     takes="delta",
     gives="delta",
     base="required",
@@ -139,6 +146,7 @@ def breadcrumbs_ties(
     aggregate: str,
     zero_sign: str,
     match_norm: bool,
+    compat: bool,
 ) -> Call:
     """Remove the largest and the smallest changes of every model, then elect signs as TIES does.
 
@@ -146,14 +154,15 @@ def breadcrumbs_ties(
     as the opposite delta with a positive one.
 
     Made of `sparsify` with `keep: middle`, and `elect`. Takes one or more models fine-tuned from the base, of one
-    shape, and gives that shape, in the dtype of the arithmetic.
+    shape, and gives that shape, in the dtype of the arithmetic. `compat` counts as `sparsify` and divides as `elect`
+    explain.
 
     Source: Davari and Belilovsky, Model Breadcrumbs, ECCV 2024, arXiv 2312.06795; Yadav et al., TIES-Merging,
     NeurIPS 2023, arXiv 2306.01708.
     """
     if zero_sign == "auto":
         zero_sign = "majority" if scope == "global" else "positive"
-    kept, weight = upright(_middle(deltas, density, gamma, scope, remove_first, match_norm), weight)
+    kept = _middle(deltas, density, gamma, scope, remove_first, match_norm, compat)
     over = "global" if scope == "global" else "tensor"
-    merged = elect(*kept, weight=weight, aggregate=aggregate, zero_sign=zero_sign, scope=over)
+    merged = elect(*kept, weight=weight, aggregate=aggregate, zero_sign=zero_sign, scope=over, compat=compat)
     return linear(merged, weight=lambda_, normalize=False)

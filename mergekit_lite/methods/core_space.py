@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mergekit_lite.methods.iso_c import flatten_spectrum
-from mergekit_lite.methods.knots import DENSITY, ENTRIES, MIN_SINGULAR, RANK, check_rank, directions, merge_entries
+from mergekit_lite.methods.knots import DENSITY, ENTRIES, check_rank, merge_entries
 from mergekit_lite.methods.random import derive_key
 from mergekit_lite.methods.registry import method
+from mergekit_lite.methods.shared_space import MIN_SINGULAR, RANK, directions
 from mergekit_lite.methods.spec import Block, Param
 from mergekit_lite.methods.spectral import SVD, mean, on_matrices, wide
 from mergekit_lite.methods.tsv_m import merge_singular_vectors
@@ -63,9 +64,9 @@ def core_space(
 
         out = lambda U merge(M_1 ... M_T) V^T,
 
-    where `merge` is `tsv_m` or `iso_c`, or one of the entry-wise merges that `knots` explains. Nothing of the deltas is
-    lost by going there: U M_t V^T = D_t. `tsv_m`, `iso_c` and `linear` give what they give on the whole deltas, with
-    small decompositions; the others depend on the directions.
+    where `merge` is `tsv_m` or `iso_c`, or one of the entry-wise merges that `knots` explains, with every tensor by
+    itself. Nothing of the deltas is lost by going there: U M_t V^T = D_t. `tsv_m`, `iso_c` and `linear` give what they
+    give on the whole deltas, with small decompositions; the others depend on the directions.
 
     Takes one or more deltas of one shape and gives that shape, in the dtype of the arithmetic; in double precision
     throughout. It works on whole deltas, not on the factors of an adapter: fold adapters into their base first. The

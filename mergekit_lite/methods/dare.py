@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mergekit_lite.methods.compat import COMPAT
 from mergekit_lite.methods.elect import elect
 from mergekit_lite.methods.linear import linear
 from mergekit_lite.methods.match_norm import MATCH, matched
@@ -11,7 +12,6 @@ from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.sparsify import sparsify
 from mergekit_lite.methods.spec import Call, Param, Params, Slot
 from mergekit_lite.methods.task_arithmetic import NORMALIZE, check_normalize, summed
-from mergekit_lite.methods.ties import upright
 
 DROP = Param(
     "drop_rate", "number", 0.9, "share of this model's delta that is dropped", 0, 1, open_high=True, per_input=True
@@ -61,6 +61,7 @@ def _dropped(
     LAMBDA,
     NORMALIZE,
     MATCH,
+    COMPAT,
     takes="delta",
     gives="delta",
     base="required",
@@ -77,6 +78,7 @@ def dare_linear(
     lambda_: float,
     normalize: bool,
     match_norm: bool,
+    compat: bool,
 ) -> Call:
     """Drop most of every model's changes at random, rescale the rest, add their weighted sum to the base.
 
@@ -93,7 +95,7 @@ def dare_linear(
 
     Source: Yu et al., Language models are Super Mario (DARE), ICML 2024, arXiv 2311.03099.
     """
-    return summed(_dropped(deltas, drop_rate, rescale, match_norm), weight, lambda_, normalize)
+    return summed(_dropped(deltas, drop_rate, rescale, match_norm), weight, lambda_, normalize, compat)
 
 
 @method(
@@ -104,6 +106,7 @@ def dare_linear(
     ZERO_SIGN,
     LAMBDA,
     MATCH,
+    COMPAT,
     takes="delta",
     gives="delta",
     base="required",
@@ -121,6 +124,7 @@ def dare_ties(
     zero_sign: str,
     lambda_: float,
     match_norm: bool,
+    compat: bool,
 ) -> Call:
     """Drop most of every model's changes at random, rescale the rest, then elect signs as TIES does.
 
@@ -133,6 +137,6 @@ def dare_ties(
     Source: Yu et al., Language models are Super Mario (DARE), ICML 2024, arXiv 2311.03099; Yadav et al., TIES-Merging,
     NeurIPS 2023, arXiv 2306.01708.
     """
-    dropped, weight = upright(_dropped(deltas, drop_rate, rescale, match_norm), weight)
-    merged = elect(*dropped, weight=weight, aggregate=aggregate, zero_sign=zero_sign, scope="tensor")
+    dropped = _dropped(deltas, drop_rate, rescale, match_norm)
+    merged = elect(*dropped, weight=weight, aggregate=aggregate, zero_sign=zero_sign, scope="tensor", compat=compat)
     return linear(merged, weight=lambda_, normalize=False)

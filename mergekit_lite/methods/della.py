@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mergekit_lite.methods.compat import COMPAT
 from mergekit_lite.methods.dare import AGGREGATE, LAMBDA, VOTE, ZERO_SIGN
 from mergekit_lite.methods.elect import elect
 from mergekit_lite.methods.keys import keys_of
@@ -17,7 +18,6 @@ from mergekit_lite.methods.random import uniform_words
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.spec import REQUIRED, Block, Call, Param, Params, Slot
 from mergekit_lite.methods.task_arithmetic import NORMALIZE, check_normalize, summed
-from mergekit_lite.methods.ties import upright
 
 PAPER = "DELLA, 2024, arXiv 2406.11617"
 RESCALE = Param("rescale", "flag", True, "divide what is kept by its probability, so that the mean stays")
@@ -127,6 +127,7 @@ def _dropped(
     LAMBDA,
     NORMALIZE,
     MATCH,
+    COMPAT,
     takes="delta",
     gives="delta",
     base="required",
@@ -143,6 +144,7 @@ def della_linear(
     lambda_: float,
     normalize: bool,
     match_norm: bool,
+    compat: bool,
 ) -> Call:
     """Drop small changes more often than large ones, rescale the rest, add their weighted sum to the base.
 
@@ -159,7 +161,7 @@ def della_linear(
     Source: Deep et al., DELLA-Merging: Reducing interference in model merging through magnitude-based sampling, 2024,
     arXiv 2406.11617.
     """
-    return summed(_dropped(deltas, density, epsilon, rescale, match_norm), weight, lambda_, normalize)
+    return summed(_dropped(deltas, density, epsilon, rescale, match_norm), weight, lambda_, normalize, compat)
 
 
 @method(
@@ -171,6 +173,7 @@ def della_linear(
     ZERO_SIGN,
     LAMBDA,
     MATCH,
+    COMPAT,
     takes="delta",
     gives="delta",
     base="required",
@@ -188,6 +191,7 @@ def della(
     zero_sign: str,
     lambda_: float,
     match_norm: bool,
+    compat: bool,
 ) -> Call:
     """Drop small changes more often than large ones, rescale the rest, then elect signs as TIES does.
 
@@ -200,6 +204,6 @@ def della(
     Source: Deep et al., DELLA-Merging: Reducing interference in model merging through magnitude-based sampling, 2024,
     arXiv 2406.11617.
     """
-    dropped, weight = upright(_dropped(deltas, density, epsilon, rescale, match_norm), weight)
-    merged = elect(*dropped, weight=weight, aggregate=aggregate, zero_sign=zero_sign, scope="tensor")
+    dropped = _dropped(deltas, density, epsilon, rescale, match_norm)
+    merged = elect(*dropped, weight=weight, aggregate=aggregate, zero_sign=zero_sign, scope="tensor", compat=compat)
     return linear(merged, weight=lambda_, normalize=False)

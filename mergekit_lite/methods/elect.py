@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergekit_lite.methods.compat import COMPAT
 from mergekit_lite.methods.linear import sole, weighted_sum
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.spec import Param, Params, Reach
@@ -53,13 +54,16 @@ def _measure(params: Params, inputs: int, numels: Sequence[int]) -> SignMajority
 
 def _pick(params: Params, inputs: int) -> int | None:
     index = sole(params["weight"])
-    if index is None or (params["aggregate"] == "sum" and params["weight"][index] != 1):
+    if index is None:
         return None
-    return index
+    weight = params["weight"][index]
+    if params["aggregate"] == "sum":
+        return index if weight == 1 else None
+    return index if weight > 0 or (params["compat"] and params["aggregate"] == "mean") else None
 
 
 @method(
-    Param("weight", "number", 1.0, "share of this input in the vote and in the mean or sum", low=0, per_input=True),
+    Param("weight", "number", 1.0, "share of this input in the vote and in the mean or sum", per_input=True),
     Param("aggregate", "choice", "mean", "how agreeing entries are put together", choices=("mean", "sum", "max")),
     Param(
         "zero_sign",
@@ -69,6 +73,7 @@ def _pick(params: Params, inputs: int) -> int | None:
         choices=("majority", "positive", "drop"),
     ),
     Param("scope", "choice", "tensor", "where `zero_sign: majority` counts", choices=("tensor", "global")),
+    COMPAT,
     takes="delta",
     gives="delta",
     base="optional",
@@ -78,13 +83,19 @@ def _pick(params: Params, inputs: int) -> int | None:
     pick=_pick,
 )
 def elect(
-    xs: Sequence[Tensor], weight: Sequence[float], aggregate: str, zero_sign: str, scope: str, stat: int | None = None
+    xs: Sequence[Tensor],
+    weight: Sequence[float],
+    aggregate: str,
+    zero_sign: str,
+    scope: str,
+    compat: bool,
+    stat: int | None = None,
 ) -> Tensor:
     """Elect a sign for every entry and merge the deltas that agree with it: steps 2 and 3 of TIES.
 
-    s = sgn(sum_i w_i x_i); over A = {i : x_i is not 0 and has sign s}:
+    s = sgn(sum_i w_i x_i); over A = {i : w_i x_i is not 0 and has sign s}:
 
-    - `aggregate: mean`: sum_A w_i x_i / sum_A w_i, 0 where A is empty,
+    - `aggregate: mean`: sum_A w_i x_i / sum_A |w_i|, 0 where A is empty,
     - `aggregate: sum`: sum_A w_i x_i,
     - `aggregate: max`: s max_A |x_i|.
 
@@ -93,7 +104,9 @@ def elect(
     `drop` leaves 0.
 
     Takes one or more deltas of one shape and gives that shape, in the dtype of the arithmetic. An input with weight 0
-    takes no part; an input that is zero at an entry neither votes there nor dilutes the mean.
+    takes no part; an input that is zero at an entry neither votes there nor dilutes the mean. A negative weight makes
+    an input its opposite, with a positive one. `compat` divides by sum_A w_i, and not where that is 0, as mergekit
+    does: negative weights may turn the mean round.
 
     Source: Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708.
     """
@@ -107,14 +120,17 @@ def elect(
         if w == 0:
             continue
         # |x| where the sign is the elected one, 0 elsewhere; NaN stays.
-        agreed = (x * sign).relu_()
+        agreed = (x * sign).relu_() if w > 0 else (x * sign).neg_().relu_()
+        size = abs(w)
         if aggregate == "max":
             total = torch.maximum(total, agreed)
             continue
         if share is not None:
-            share.add_(agreed.sign() if w == 1 else agreed.sign().mul_(w))
-        total.add_(agreed if w == 1 else agreed.mul_(w))
-    if share is not None:
-        total.div_(share.clamp_(min=torch.finfo(share.dtype).tiny))
+            share.add_(agreed.sign() if w == 1 else agreed.sign().mul_(w if compat else size))
+        total.add_(agreed if size == 1 else agreed.mul_(size))
     # Which of two zeros is the maximum is left open, so the sign of a zero is cleared.
-    return total.abs_().mul_(sign)
+    total.abs_()
+    if share is not None:
+        tiny = torch.finfo(share.dtype).tiny
+        total.div_(share.masked_fill_(share == 0, 1) if compat else share.clamp_(min=tiny))
+    return total.mul_(sign)

@@ -43,9 +43,9 @@ def emr(xs: Sequence[Tensor], scope: str, stat: tuple[float, float] | None = Non
 
     The first half is `elect` with `aggregate: max`, which gives d: for every entry the largest of the changes that have
     the elected sign. Takes two deltas, or whole models and their base, of one shape, and gives that shape, in the dtype
-    of the arithmetic. The sums run over the whole model (`scope: global`) or one tensor, in double precision; where
-    m d is 0 everywhere the base comes out. One step and one save for each task give a model for each: all of them need
-    the base, d, and one bit an entry and a number for each task.
+    of the arithmetic. The sums run over the whole model (`scope: global`, the default) or one tensor, in double
+    precision; where m d is 0 everywhere the base comes out. One step and one save for each task give a model for each:
+    all of them need the base, d, and one bit an entry and a number for each task.
 
     Unlike the published code, which averages within tensors before it adds them up, every entry counts the same.
 

@@ -94,9 +94,9 @@ def geometric_median(
 
     Takes one or more tensors of one shape and gives that shape, in the dtype of the arithmetic. The median is a
     combination of the inputs, with factors from the inner products of their differences, formed in double precision:
-    one median for each tensor (`scope: tensor`), or one set of factors for the whole model (`scope: global`, where the
-    settings must be the same for all tensors). Of two inputs it is the one of larger weight, or their mean. An input
-    that alone has a weight is copied bit for bit.
+    one median for each tensor (`scope: tensor`, the default), or one set of factors for the whole model (`scope:
+    global`, where the settings must be the same for all tensors). Of two inputs it is the one of larger weight, or
+    their mean. An input that alone has a weight is copied bit for bit.
 
     Source: Pillutla, Kakade and Harchaoui, Robust aggregation for federated learning, IEEE Transactions on Signal
     Processing 2022, arXiv 1912.13445; Vardi and Zhang, The multivariate L1-median, PNAS 97, 2000.

@@ -7,20 +7,28 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mergekit_lite.methods.elect import elect
-from mergekit_lite.methods.linear import weighted_sum
+from mergekit_lite.methods.linear import linear, weighted_sum
 from mergekit_lite.methods.random import derive_key
 from mergekit_lite.methods.registry import method
+from mergekit_lite.methods.shared_space import (
+    MIN_SINGULAR,
+    PAPER,
+    RANK,
+    directions,
+    from_shared,
+    shared_basis,
+    to_shared,
+    trim_shared,
+)
 from mergekit_lite.methods.sparsify import sparsify
-from mergekit_lite.methods.spec import Block, Param, Params
-from mergekit_lite.methods.spectral import SVD, left_basis, mean, on_matrices, wide
+from mergekit_lite.methods.spec import Block, Call, Param, Params, Slot
+from mergekit_lite.methods.spectral import SVD, mean, on_matrices, wide
 
 ENTRIES = ("ties", "dare_ties", "dare_linear", "linear")
+SCOPES = ("tensor", "global")
+MERGE = Param("merge", "choice", "ties", "how the aligned blocks are merged", choices=ENTRIES)
 DENSITY = Param(
     "density", "number", 0.2, "share of the entries that is kept: the largest ones, by `dare` random ones", 0, 1, True
-)
-RANK = Param("rank", "integer", None, "rank of each model's delta, where it is known", 1)
-MIN_SINGULAR = Param(
-    "min_singular", "number", 1e-5, "singular values up to this part of the largest count as zero", 1e-7, 1, False, True
 )
 
 
@@ -31,12 +39,6 @@ def check_rank(params: Params, inputs: int) -> str | None:
     return None
 
 
-def directions(deltas: Sequence[Tensor], rank: int | None, svd: str, key: int, min_singular: float) -> Tensor:
-    """Orthonormal directions (m, r) of the columns of all deltas (m, n_t) together."""
-    count = deltas[0].shape[0] if rank is None else rank * len(deltas)
-    return left_basis(deltas, count, svd, key, min_singular)[0]
-
-
 def merge_entries(blocks: Sequence[Tensor], merge: str, density: float, key: int) -> Tensor:
     """Blocks of one shape merged entry by entry with one of `ENTRIES`, trimmed within the block."""
     flat = [b.reshape(-1) for b in blocks]
@@ -44,14 +46,17 @@ def merge_entries(blocks: Sequence[Tensor], merge: str, density: float, key: int
         flat = [_thinned(x, merge, density, derive_key(key, "mask", i)) for i, x in enumerate(flat)]
     ones = (1.0,) * len(flat)
     if merge in ("ties", "dare_ties"):
-        merged: Tensor = elect.fn(flat, weight=ones, aggregate="mean", zero_sign="positive", scope="tensor")
+        merged: Tensor = elect.fn(
+            flat, weight=ones, aggregate="mean", zero_sign="positive", scope="tensor", compat=False
+        )
     else:
         merged = weighted_sum(flat, ones)
     return merged.reshape(blocks[0].shape)
 
 
 def _thinned(x: Tensor, merge: str, density: float, key: int) -> Tensor:
-    settings = {"density": density, "gamma": 0.0, "remove_first": True, "select": "exact", "block": Block(0, key)}
+    settings = {"density": density, "gamma": 0.0, "remove_first": True, "select": "exact", "compat": False}
+    settings["block"] = Block(0, key)
     if merge == "ties":
         # The whole block as one row.
         thin: Tensor = sparsify.fn([x.unsqueeze(0)], keep="largest", scope="row", rescale=False, **settings)
@@ -69,8 +74,37 @@ def _merged(
 
 
 @method(
-    Param("merge", "choice", "ties", "how the aligned blocks are merged", choices=ENTRIES),
+    MERGE,
     DENSITY,
+    RANK,
+    MIN_SINGULAR,
+    SVD,
+    takes="delta",
+    gives="delta",
+    reach="matrix",
+    positioned=True,
+    public=False,
+    paper=PAPER,
+)
+def merge_in_shared(
+    xs: Sequence[Tensor], merge: str, density: float, rank: int | None, min_singular: float, svd: str, block: Block
+) -> Tensor:
+    """Merge deltas in the directions that they share, every tensor by itself: `knots` with `scope: tensor`."""
+    return on_matrices(xs, lambda deltas: _merged(deltas, merge, density, rank, min_singular, svd, block.key), mean)
+
+
+def _check(params: Params, inputs: int) -> str | None:
+    if params["scope"] == "global" and params["merge"] in ("dare_linear", "linear"):
+        return (
+            f"`merge: {params['merge']}` treats every entry by itself, so `scope: global` has no meaning: leave it out"
+        )
+    return check_rank(params, inputs)
+
+
+@method(
+    MERGE,
+    DENSITY,
+    Param("scope", "choice", "tensor", "where magnitudes are ranked and drawn votes decided", choices=SCOPES),
     RANK,
     MIN_SINGULAR,
     Param("lambda", "number", 1.0, "factor of the merged delta"),
@@ -78,29 +112,34 @@ def _merged(
     takes="delta",
     gives="delta",
     base="required",
-    reach="matrix",
-    positioned=True,
-    check=check_rank,
-    paper="KnOTS, ICLR 2025, arXiv 2410.19735",
+    composite=True,
+    check=_check,
+    paper=PAPER,
 )
 def knots(
-    xs: Sequence[Tensor],
+    *deltas: Call | Slot,
     merge: str,
     density: float,
+    scope: str,
     rank: int | None,
     min_singular: float,
     lambda_: float,
     svd: str,
-    block: Block,
-) -> Tensor:
+) -> Call:
     """Express the deltas of adapters in common directions, then merge them with TIES or DARE.
 
     [D_1 ... D_T] = U diag(s) [V_1 ... V_T]^T, the deltas side by side; out = lambda U merge(B_1 ... B_T) with the
     blocks B_t = diag(s) V_t^T = U^T D_t, and `merge` one of
 
-    - `ties`: of each block the share `density` of the largest entries, a sign elected, the mean of those that have it,
+    - `ties`: of each model's blocks the share `density` of the largest entries, a sign elected, the mean of those that
+      have it,
     - `dare_ties`: of each block a random share `density`, divided by it, then signs elected as above,
     - `dare_linear`, `linear`: the sum of such blocks, or of the blocks as they are.
+
+    `scope: tensor`, the default, trims the blocks of every tensor by themselves; a vote that is a draw goes to plus.
+    `scope: global` trims those of all tensors together, as the published code does: of the entries that are not 0, and
+    a draw goes to the sign that most entries have. It works tensor by tensor all the same, but finds U anew in each of
+    its four to seven passes, so it takes as many times as long.
 
     Takes one or more deltas of one shape and gives that shape, in the dtype of the arithmetic; U is found in double
     precision from sum_t D_t D_t^T. It works on whole deltas, not on the factors of an adapter: fold adapters into their
@@ -108,14 +147,20 @@ def knots(
     `rank`. Deltas of full rank are merged too, but gain little. Tensors of three or more axes count as matrices (first
     axis, the rest); vectors, scalars and matrices with a side of 1 are averaged, times lambda.
 
-    The published code trims over the blocks of all layers together and takes 1e-5 as an absolute bound; here each
-    tensor is trimmed by itself, and the bound is relative.
+    The published code takes 1e-5 as an absolute bound of singular values, here it is relative; and of density n entries
+    it keeps one more, with all that equal it.
 
     Source: Stoica et al., Model merging with SVD to tie the KnOTS, ICLR 2025, arXiv 2410.19735 (density 0.2, lambda
     0.6 for CLIP with rank 16).
     """
-    return on_matrices(
-        xs,
-        lambda deltas: lambda_ * _merged(deltas, merge, density, rank, min_singular, svd, block.key),
-        lambda deltas: lambda_ * mean(deltas),
-    )
+    if scope == "tensor":
+        settings = {"merge": merge, "density": density, "rank": rank, "min_singular": min_singular, "svd": svd}
+        return linear(merge_in_shared(*deltas, **settings), weight=lambda_, normalize=False)
+    basis = shared_basis(*deltas, rank=rank, min_singular=min_singular, svd=svd)
+    blocks = [to_shared(delta, basis) for delta in deltas]
+    if merge == "ties":
+        blocks = [trim_shared(b, density=density) for b in blocks]
+    else:
+        blocks = [sparsify(b, density=density, keep="random", rescale=True) for b in blocks]
+    merged = elect(*blocks, zero_sign="majority", scope="global")
+    return linear(from_shared(merged, basis, *deltas), weight=lambda_, normalize=False)

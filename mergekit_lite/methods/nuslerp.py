@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergekit_lite.methods.compat import COMPAT, NO_PLACE
 from mergekit_lite.methods.delta import add
 from mergekit_lite.methods.gram import Gram, Matrix, fold, from_base
 from mergekit_lite.methods.linear import sole
@@ -17,10 +18,10 @@ from mergekit_lite.methods.spec import Param, Params, Reach
 TINY = 1e-8  # a norm, or the sine of the angle, up to this gives no arc
 
 
-def arc(t: float, norm_a: float, norm_b: float, inner: float) -> tuple[float, float]:
+def arc(t: float, norm_a: float, norm_b: float, inner: float, compat: bool) -> tuple[float, float]:
     """The factors of the two inputs at place `t` of their arc, from their norms and inner product."""
     if not (norm_a > TINY and norm_b > TINY):
-        return 1 - t, t
+        return (math.sin((1 - t) * math.pi / 2), math.sin(t * math.pi / 2)) if compat else (1 - t, t)
     cosine = inner / norm_a / norm_b
     # Not a number where an input holds inf or nan: the straight line is left.
     angle = math.acos(min(max(cosine, -1.0), 1.0)) if cosine == cosine else 0.0
@@ -44,7 +45,9 @@ def _pick(params: Params, inputs: int) -> int | None:
 
 
 def _check(params: Params, inputs: int) -> str | None:
-    return "the weights add up to 0: there is no place between the inputs" if sum(params["weight"]) == 0 else None
+    if sum(params["weight"]) == 0 and not params["compat"]:
+        return "the weights add up to 0: there is no place between the inputs"
+    return None
 
 
 @method(
@@ -56,6 +59,7 @@ def _check(params: Params, inputs: int) -> str | None:
         "one angle a tensor, or one for each vector along the last axis (row) or the first (column)",
         choices=("tensor", "row", "column"),
     ),
+    COMPAT,
     inputs=(2, 2),
     base="optional",
     reach=_reach,
@@ -64,7 +68,9 @@ def _check(params: Params, inputs: int) -> str | None:
     pick=_pick,
     check=_check,
 )
-def nuslerp(xs: Sequence[Tensor], weight: Sequence[float], mode: str, stat: Matrix | None = None) -> Tensor:
+def nuslerp(
+    xs: Sequence[Tensor], weight: Sequence[float], mode: str, compat: bool, stat: Matrix | None = None
+) -> Tensor:
     """Spherical interpolation between two inputs by their weights, or of their changes from a base.
 
     out = sin((1 - t) W) / sin(W) a + sin(t W) / sin(W) b, with t = w_b / (w_a + w_b) and cos(W) = <a, b> / (|a| |b|).
@@ -77,16 +83,17 @@ def nuslerp(xs: Sequence[Tensor], weight: Sequence[float], mode: str, stat: Matr
     line (1 - t) a + t b. An input that alone has a weight is copied bit for bit.
 
     Unlike mergekit: weights that add up to 0 are an error (there t is 0.5 then), and a zero vector is joined by the
-    straight line, not as if it were orthogonal. Its `nuslerp_flatten: false` is `mode: row`, and with
-    `nuslerp_row_wise: true` it is `mode: column`.
+    straight line, not as if it were orthogonal; `compat` does as mergekit. Its `nuslerp_flatten: false` is `mode: row`,
+    and with `nuslerp_row_wise: true` it is `mode: column`.
 
     Source: Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985; Goddard et al., Arcee's MergeKit, EMNLP
     2024 (industry track), arXiv 2403.13257.
     """
-    t = weight[1] / (weight[0] + weight[1])
+    total = weight[0] + weight[1]
+    t = 0.5 if compat and abs(total) < NO_PLACE else weight[1] / total
     if mode == "tensor":
         assert stat is not None
-        factors = arc(t, math.sqrt(stat[0][0]), math.sqrt(stat[1][1]), stat[0][1])
+        factors = arc(t, math.sqrt(stat[0][0]), math.sqrt(stat[1][1]), stat[0][1], compat)
         return from_base(xs, factors)
     base = xs[2] if len(xs) > 2 else None
     a, b = (x if base is None else x - base for x in xs[:2])
@@ -94,13 +101,13 @@ def nuslerp(xs: Sequence[Tensor], weight: Sequence[float], mode: str, stat: Matr
     shape = a.shape
     if not shape:
         a, b = a.reshape(1), b.reshape(1)
-    result = vectors(a.movedim(axis, -1), b.movedim(axis, -1), t).movedim(-1, axis).reshape(shape)
+    result = vectors(a.movedim(axis, -1), b.movedim(axis, -1), t, compat).movedim(-1, axis).reshape(shape)
     if base is not None:
         result = add.fn([result, base], [1.0])
     return result
 
 
-def vectors(a: Tensor, b: Tensor, t: float) -> Tensor:
+def vectors(a: Tensor, b: Tensor, t: float, compat: bool) -> Tensor:
     """The place `t` on the arc of each pair of vectors along the last axis."""
     if not a.numel():
         return a.clone()
@@ -108,7 +115,7 @@ def vectors(a: Tensor, b: Tensor, t: float) -> Tensor:
     norm_a, norm_b = (fold(x * x, 1).sqrt().flatten() for x in (wide_a, wide_b))
     inner = fold(wide_a * wide_b, 1).flatten()
     # One vector at a time in Python: a vectorised sine may differ in the last bit with the place of the vector.
-    found = [arc(t, *row) for row in zip(norm_a.tolist(), norm_b.tolist(), inner.tolist(), strict=True)]
+    found = [arc(t, *row, compat) for row in zip(norm_a.tolist(), norm_b.tolist(), inner.tolist(), strict=True)]
     factors = torch.tensor(found, dtype=torch.float64).reshape(-1, 2).T.to(a)
     first, second = (f.reshape(*a.shape[:-1], 1) for f in factors)
     result: Tensor = (a * first).add_(b * second)

@@ -83,8 +83,9 @@ def pcb(xs: Sequence[Tensor], ratio: float, lambda_: float, scope: str, stat: tu
     drawn in to the next one.
 
     Takes one or more models fine-tuned from the base, of one shape, and gives that shape, in the dtype of the
-    arithmetic. All ranks and extremes are exact, over the whole model (`scope: global`, as in the paper; the settings
-    must be the same for all tensors then) or over one tensor. Where all scores are equal, all count the same.
+    arithmetic. All ranks and extremes are exact, over the whole model (`scope: global`, the default, as in the paper;
+    the settings must be the same for all tensors then) or over one tensor. Where all scores are equal, all count the
+    same.
 
     Unlike the published code: an entry that pulls against the sum of all models never counts.
 

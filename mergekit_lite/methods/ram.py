@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mergekit_lite.methods.derived import Sums
 from mergekit_lite.methods.registry import method
-from mergekit_lite.methods.spec import Param, Params
+from mergekit_lite.methods.spec import Param, Params, Reach
 
 EPSILON = Param("epsilon", "number", 1e-5, "a change up to this size counts as none, in units of the weights", low=0)
 PAPER = "RAM, 2026, arXiv 2601.13572"
@@ -55,6 +55,10 @@ def ram(xs: Sequence[Tensor], epsilon: float) -> Tensor:
     return _merge(xs, epsilon, [1.0] * len(xs))
 
 
+def _reach(params: Params) -> Reach:
+    return "pooled" if params["scope"] == "global" else "measured"
+
+
 def _measure(params: Params, inputs: int, numels: Sequence[int]) -> Sums:
     def counts(tensor: int, xs: Sequence[Tensor], start: int) -> list[Tensor]:
         masks, count = _changed(xs, params["epsilon"])
@@ -67,15 +71,16 @@ def _measure(params: Params, inputs: int, numels: Sequence[int]) -> Sums:
     Param("r", "number", 0.1, "how strongly the share of common changes raises those of one model alone", low=0),
     Param("alpha", "number", 0.2, "the most that this share counts for", low=0),
     EPSILON,
+    Param("scope", "choice", "tensor", "where shared and lone changes are counted", choices=("tensor", "global")),
     takes="delta",
     gives="delta",
     base="required",
-    reach="measured",
+    reach=_reach,
     paper=PAPER,
     measure=_measure,
 )
 def ramplus_tl(
-    xs: Sequence[Tensor], r: float, alpha: float, epsilon: float, stat: tuple[float, ...] | None = None
+    xs: Sequence[Tensor], r: float, alpha: float, epsilon: float, scope: str, stat: tuple[float, ...] | None = None
 ) -> Tensor:
     """Keep what one model alone has changed, raised by how much it shares; average what several have.
 
@@ -84,10 +89,11 @@ def ramplus_tl(
 
         b_t = 1 + r min(alpha, shared_t / alone_t),
 
-    shared_t and alone_t being the numbers of entries of this tensor that t has changed with others and alone.
+    shared_t and alone_t being the numbers of entries that t has changed with others and alone: of this tensor (`scope:
+    tensor`, the default, the paper's RAM+-TL), or of the whole model (`scope: global`, its RAM+; the settings must be
+    the same for all tensors then).
 
     Takes one or more models trained from the base, of one shape, and gives that shape, in the dtype of the arithmetic.
-    The counts are those of each tensor, where the paper's RAM+ counts over the whole model.
 
     Source: Yuan et al., Behavior Knowledge Merge in Reinforced Agentic Models (RAM), 2026, arXiv 2601.13572.
     """

@@ -12,7 +12,7 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 from mergekit_lite.errors import InputError, Problem
-from mergekit_lite.methods.spec import Call, Method, Param, Params, Slot, keywords
+from mergekit_lite.methods.spec import Call, Method, Param, Slot, keywords
 
 GROUP = "mergekit_lite.methods"
 
@@ -51,18 +51,14 @@ def get(name: str) -> Method:
     return all_methods()[name]
 
 
-def expand(method: Method, inputs: int, params: Params) -> Call | Slot:
-    """A use of `method` on the slots 0 to `inputs` - 1 as a tree of parts: composites are replaced by what they are
-    made of. `params` are complete, per-input ones as tuples. The base of a step is not in the tree."""
-    return _parts(Call(method, tuple(Slot(i) for i in range(inputs)), tuple(params.items())))
-
-
-def _parts(call: Call | Slot) -> Call | Slot:
+def expand(call: Call | Slot) -> Call | Slot:
+    """A tree of calls made of parts only: composites are replaced by what they are made of. Settings are complete,
+    per-input ones are tuples."""
     if isinstance(call, Slot):
         return call
-    inputs = tuple(_parts(below) for below in call.inputs)
+    inputs = tuple(expand(below) for below in call.inputs)
     if call.method.composite:
-        return _parts(call.method.fn(*inputs, **keywords(dict(call.params))))
+        return expand(call.method.fn(*inputs, **keywords(dict(call.params))))
     return Call(call.method, inputs, call.params)
 
 

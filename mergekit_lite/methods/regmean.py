@@ -48,7 +48,11 @@ def regmean(xs: Sequence[Tensor], alpha: float, ridge: float) -> Tensor:
     (in, in). Tensors that it lacks take the plain mean. Takes models of one shape and gives that shape; solved in
     float64. The memory of one layer is its weights and Gram matrices in float64.
 
-    Source: Jin et al., ICLR 2023, arXiv 2212.09849.
+    RegMean++ is this method with other statistics: the Gram matrices of a layer are those of its inputs when each
+    model's data goes through the merged layers before it, not through the model's own. So they are gathered layer by
+    layer, in turn with the merges.
+
+    Sources: Jin et al., ICLR 2023, arXiv 2212.09849; RegMean++, 2025, arXiv 2508.03121.
     """
     count = len(xs) // 2
     mean = sum(x.double() for x in xs[1:count]) + xs[0].double()

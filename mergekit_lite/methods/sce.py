@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_lite.methods.compat import COMPAT, NO_ENERGY, NO_SHARE
 from mergekit_lite.methods.derived import AnyMeasure, Derived, Staged, Sums
 from mergekit_lite.methods.linear import weighted_sum
 from mergekit_lite.methods.registry import method
@@ -36,18 +37,29 @@ def select(xs: Sequence[Tensor], bound: Bound | None, start: int) -> list[Tensor
 
 def _measure(params: Params, inputs: int, numels: Sequence[int]) -> Staged:
     """How many entries differ; then the variance of the last one selected; then the energies of what is selected. Of
-    these only the last where everything is selected."""
+    these only the last where everything is selected, only the first where `compat` selects nothing. With `compat` the
+    energies are mean squares."""
     share: float = params["select_topk"]
+    compat: bool = params["compat"]
+
+    scale = 1 / max(1, sum(numels)) if compat else 1.0
 
     def energies(bound: Bound | None) -> Sums:
-        return Sums(inputs, lambda _, xs, start: [x.to(torch.float64).square() for x in select(xs, bound, start)])
+        def squares(tensor: int, xs: Sequence[Tensor], start: int) -> list[Tensor]:
+            return [x.to(torch.float64).square().mul_(scale) for x in select(xs, bound, start)]
+
+        return Sums(inputs, squares)
 
     def after(stages: Sequence[AnyMeasure]) -> AnyMeasure | None:
         found = stages[-1].result(0)
         if share >= 1 or len(stages) == 3:
             return None
         if len(stages) == 1:
-            rank = max(1, keep_count(int(found[0]), share))
+            count = int(found[0])
+            # There the count is a tensor, so that the product is one of float32.
+            rank = int(torch.tensor(count) * share) if compat else max(1, keep_count(count, share))
+            if not rank:
+                return None
             return Derived([OrderStatistics([rank], numels)], lambda _, xs, start: [variance(xs)])
         return energies(found[0][0])
 
@@ -64,6 +76,7 @@ def _measure(params: Params, inputs: int, numels: Sequence[int]) -> Staged:
         1,
         open_low=True,
     ),
+    COMPAT,
     takes="delta",
     gives="delta",
     base="required",
@@ -72,7 +85,9 @@ def _measure(params: Params, inputs: int, numels: Sequence[int]) -> Staged:
     measure=_measure,
     positioned=True,
 )
-def sce(xs: Sequence[Tensor], select_topk: float, block: Block, stat: tuple[Any, ...] | None = None) -> Tensor:
+def sce(
+    xs: Sequence[Tensor], select_topk: float, compat: bool, block: Block, stat: tuple[Any, ...] | None = None
+) -> Tensor:
     """Select the entries that differ most, weigh the models by their energy, erase minority signs.
 
     1. Select: of the entries whose variance over the d_t = x_t - base is not 0, the max(1, floor(select_topk n)) of
@@ -85,15 +100,19 @@ def sce(xs: Sequence[Tensor], select_topk: float, block: Block, stat: tuple[Any,
     Takes one or more models fine-tuned from the base, of one shape, and gives that shape, in the dtype of the
     arithmetic; variances and energies are formed in double precision. Equal variances rank by index.
 
-    Unlike mergekit: small changes keep their weights (there all are equal where the energies add up to less than 1e-6),
-    and at least one entry is selected.
+    Unlike mergekit: small changes keep their weights (there all are equal where the mean squares of the changes add up
+    to less than 1e-6), the weights of A may add up to anything (there to 1e-6 at least), and at least one entry is
+    selected. `compat` does as mergekit, whose count is rounded down from a product in float32.
 
     Source: Wan et al., FuseChat: Knowledge fusion of chat models, 2024, arXiv 2408.07990.
     """
     assert stat is not None
+    if select_topk < 1 and len(stat) == 1:
+        return torch.zeros_like(xs[0])
     deltas = select(xs, stat[1][0][0] if len(stat) > 1 else None, block.start)
     energy = math.fsum(stat[-1])
-    weights = [e / energy if energy else 1.0 for e in stat[-1]]
+    alike = energy < NO_ENERGY if compat else not energy
+    weights = [1 / len(xs) if alike else e / energy for e in stat[-1]]
     sign = weighted_sum(deltas, [1.0] * len(deltas)).sign_()
     sign.add_(1 - sign.abs())
     total, share = torch.zeros_like(sign), torch.zeros_like(sign)
@@ -101,4 +120,4 @@ def sce(xs: Sequence[Tensor], select_topk: float, block: Block, stat: tuple[Any,
         agreed = (delta * sign).relu_()
         share.add_(agreed.sign().mul_(weight))
         total.add_(agreed.mul_(weight))
-    return total.div_(share.clamp_(min=torch.finfo(share.dtype).tiny)).mul_(sign)
+    return total.div_(share.clamp_(min=NO_SHARE if compat else torch.finfo(share.dtype).tiny)).mul_(sign)

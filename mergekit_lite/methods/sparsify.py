@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mergekit_lite.methods.compat import COMPAT
 from mergekit_lite.methods.keys import keys_of
 from mergekit_lite.methods.random import keep_mask
 from mergekit_lite.methods.registry import method
@@ -18,14 +19,16 @@ from mergekit_lite.methods.spec import REQUIRED, Block, Param, Params, Reach
 
 
 def kept_ranks(
-    n: int, keep: str, density: float, gamma: float, *, remove_first: bool, by_row: bool, threshold: bool
+    n: int, keep: str, density: float, gamma: float, *, remove_first: bool, by_row: bool, threshold: bool, compat: bool
 ) -> tuple[int, int]:
     """(top, last): of `n` entries by descending magnitude, those after the first `top` and up to `last` are kept."""
     if threshold:
         return 0, min(n, int(n * density) + 1)
     # The published row-wise code rounds down without a guard; unlike it, this keeps at least one entry of a row.
-    plain = keep == "middle" and by_row
+    plain = compat or (keep == "middle" and by_row)
     kept = max(1, min(n, int(n * density))) if plain else keep_count(n, density)
+    if compat and keep == "middle" and int(n * density) == 0:
+        return n, n
     if keep == "largest":
         return 0, kept
     top = int(n * gamma) if plain else drop_count(n, gamma)
@@ -52,6 +55,7 @@ def _measure(params: Params, inputs: int, numels: Sequence[int]) -> OrderStatist
         remove_first=params["remove_first"],
         by_row=False,
         threshold=threshold,
+        compat=params["compat"],
     )
     return OrderStatistics([last, top] if top else [last], numels, ties=not threshold)
 
@@ -136,6 +140,7 @@ def _row_top(keys: Tensor, k: int) -> Tensor:
     Param("gamma", "number", 0.01, "share of the largest entries that `keep: middle` removes", 0, 1, open_high=True),
     Param("remove_first", "flag", True, "`keep: middle`: remove outliers before, not after, the share is counted"),
     Param("select", "choice", "exact", "`threshold` keeps equal magnitudes together", choices=("exact", "threshold")),
+    COMPAT,
     takes="delta",
     gives="delta",
     inputs=(1, 1),
@@ -157,6 +162,7 @@ def sparsify(
     gamma: float,
     remove_first: bool,
     select: str,
+    compat: bool,
     block: Block,
     stat: tuple[Bound, ...] | None = None,
 ) -> Tensor:
@@ -176,6 +182,9 @@ def sparsify(
     tensor, then by flat index, the first one as the largest. `keep: middle` by row rounds plainly, as the published
     code of Breadcrumbs does, but keeps at least one entry.
 
+    A share that is a whole number but for rounding counts as that number: 0.29 of 100 is 29. `compat` rounds plainly,
+    to 28, and `keep: middle` may keep nothing, as in mergekit.
+
     Takes a delta of any shape and gives that shape, in the dtype of the arithmetic. A density of 1 changes nothing. To
     spare small tensors give `density` by name: `{"*.bias": 1, else: 0.1}`.
 
@@ -188,7 +197,7 @@ def sparsify(
         result = torch.where(mask, x, 0.0)
     elif scope == "row":
         top, last = kept_ranks(
-            x.shape[1], keep, density, gamma, remove_first=remove_first, by_row=True, threshold=False
+            x.shape[1], keep, density, gamma, remove_first=remove_first, by_row=True, threshold=False, compat=compat
         )
         result = _rows(x, top, last)
     else:

@@ -13,9 +13,13 @@ Space = Literal["weight", "delta", "same"]
 # tensor; pooled: that, after a statistic of all tensors of the step; row: whole rows; matrix: the whole tensor;
 # structure: works on names, not on numbers (`stack`), and is carried out by the plan.
 Reach = Literal["element", "measured", "pooled", "row", "matrix", "structure"]
+# How a further input with a shape of its own is read beside rows of the first: the same rows, the columns of these
+# numbers, or all of it.
+Beside = Literal["rows", "columns", "whole"]
 
 
 Params = Mapping[str, Any]
+Report = Callable[[int, int], None]  # steps done, and all steps, of an iteration
 
 
 class _Required:
@@ -129,14 +133,16 @@ class Block:
 class Method:
     """A merge method as the registry knows it.
 
-    `fn` is the math. For a part it is called as `fn(xs, **params)`, with `stat=` where `measure` gave a statistic and
-    `block=` where `positioned`; it returns one new tensor and leaves `xs` as they are. `xs` are 1-D blocks for element,
-    measured and pooled reach, (rows, row length) blocks for row reach, whole tensors for matrix reach. Per-input
-    parameters come as tuples, one entry per input. For a composite, `fn` takes one slot per input and the same
-    parameters, and returns a `Call` tree made of other methods.
+    `fn` is the math. For a part it is called as `fn(xs, **params)`, with `stat=` where `measure` gave a statistic,
+    `block=` where `positioned`, and `report=` where it `reports`; it returns one new tensor and leaves `xs` as they
+    are. `xs` are 1-D blocks for element, measured and pooled reach, (rows, row length) blocks for row reach, whole
+    tensors for matrix reach. Per-input parameters come as tuples, one entry per input. `report` is a `Report` to call
+    after every step of a long iteration: it shows how far this is, and raises where the run is to stop. For a
+    composite, `fn` takes one slot or call per entry of `xs` and the same parameters, and returns a `Call` tree made of
+    other methods.
 
     `takes` and `gives` are spaces; a method that takes and gives deltas accepts weights where the step names a `base`:
-    the plan then subtracts the base from every input and adds the result to it. Any other part with a base (`delta`,
+    the plan then subtracts the base from every input and adds the result to it. Any other method with a base (`delta`,
     `add`) gets the base as the last of `xs`; per-input parameters have no entry for it.
 
     A `reference` parameter names a model or step whose tensors are read as further inputs: `fn` gets them after the
@@ -144,9 +150,13 @@ class Method:
     may differ from the inputs'. `without(*slots, **params)` is the call for tensors that no reference has;
     `fits(shapes)` gives what is wrong with the shapes of the inputs and references, in the order of `xs`, or None.
 
-    `reach` is one of `Reach`, or a function of the parameters that gives one. `measure(params, inputs, numels)` gives
-    a fresh `Measure` (see methods/measure.py) for tensors of these sizes. `pick(params, inputs)` gives the index of
-    the input that the call returns unchanged, bit for bit, or None. For both, `inputs` counts `xs`, the base included.
+    `shape(shapes)` gives the shape of the result where it is not that of the first input; only methods of matrix reach
+    can have and read such results. `reach` is one of `Reach`, or a function of the parameters that gives one.
+    `measure(params, inputs, numels)` gives a fresh `Measure` (see methods/measure.py) for tensors of these sizes.
+    `pick(params, inputs)` gives the index of the input that the call returns unchanged, bit for bit, or None. For both,
+    `inputs` counts `xs`, the base included.
+    `beside(params)` is for a method with row reach whose inputs after the first have shapes of their own: how each of
+    them is read for a block of rows. They come to `fn` as matrices, in the compute dtype.
     `check(params, inputs)` gives what is wrong with a combination of settings, `remark` what deserves a warning; both
     give None where all is well, and `inputs` counts what stands in `of`.
     """
@@ -167,9 +177,12 @@ class Method:
     check: Callable[[Params, int], str | None] | None = None
     remark: Callable[[Params, int], str | None] | None = None
     positioned: bool = False
+    reports: bool = False
+    shape: Callable[[Sequence[tuple[int, ...]]], tuple[int, ...]] | None = None
     row_axis: Literal["first", "last"] = "last"
     without: Callable[..., Any] | None = None
     fits: Callable[[Sequence[tuple[int, ...]]], str | None] | None = None
+    beside: Callable[[Params], tuple[Beside, ...]] | None = None
     public: bool = True
     doc: str = ""
     module: str = ""
@@ -192,7 +205,7 @@ class Method:
 
     @property
     def base_last(self) -> bool:
-        """True for a part whose `xs` end with the base."""
+        """True for a method whose `xs` end with the base."""
         return self.base != "no" and not self.surrounds
 
     def param(self, name: str) -> Param | None:

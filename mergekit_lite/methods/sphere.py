@@ -70,12 +70,15 @@ def _measure(params: Params, inputs: int, numels: Sequence[int]) -> Gram:
 
 
 def _check(params: Params, inputs: int) -> str | None:
-    if params.get("normalize_weights", True) and math.fsum(params["weight"]) == 0:
+    several = len(params["weight"]) > 1
+    if several and params.get("normalize_weights", True) and math.fsum(params["weight"]) == 0:
         return "the weights add up to 0, so they cannot be normalised: change them"
     return None
 
 
 def _pick(params: Params, inputs: int) -> int | None:
+    if len(params["weight"]) == 1:
+        return 0
     index = sole(params["weight"])
     normalize = params.get("normalize_weights", True)
     return index if index is not None and (normalize or params["weight"][index] == 1) else None
@@ -87,7 +90,7 @@ def _pick(params: Params, inputs: int) -> int | None:
     Param("eps", "number", TINY, "a step up to this length, in radians, is not taken", low=0),
     Param("log_map", "flag", True, "follow arcs; without it the result has the mean direction itself, as in mergekit"),
     base="optional",
-    inputs=(2, None),
+    inputs=(1, None),
     reach="measured",
     paper="mergekit, EMNLP 2024, arXiv 2403.13257",
     measure=_measure,
@@ -108,9 +111,10 @@ def multislerp(
     r = sum_i w_i |x_i|; log_m(u) is the arc from m to u as a vector at m, exp_m the way back. With a base, the x_i are
     the changes from it, and the base is added to the result.
 
-    Takes two or more tensors of one shape, and the base's where there is one, and gives that shape, in the dtype of
+    Takes one or more tensors of one shape, and the base's where there is one, and gives that shape, in the dtype of
     the arithmetic. All factors follow from the inner products of the flattened tensors, formed in double precision. An
-    input of zeros has no direction and takes no part but in r. An input that alone has a weight is copied bit for bit.
+    input of zeros has no direction and takes no part but in r. An input that alone has a weight is copied bit for bit,
+    and so is a single input, whatever its weight.
 
     Unlike mergekit: arcs are followed (it projects onto the tangent space instead, where the projections cancel and m
     itself comes out: `log_map: false`), and directions that cancel give the weighted mean instead of an error.

@@ -103,7 +103,7 @@ def consensus(
 
     out = base + lambda M d, with M = 1 where at least `k` of the masks m_t are 1, else 0, and m_t = 1 where
     |d_t| > threshold_t |d - d_t|, else 0; d_t = x_t - base and d = sum_t d_t, or what `ties` with `aggregate: sum`
-    makes of them.
+    makes of them, by default with `scope: global`.
 
     Made of `linear` or `ties`, `tall_masks` and `keep_shared`. Takes one or more models fine-tuned from the base, of
     one shape, and gives that shape, in the dtype of the arithmetic. With `k: 0` it is task arithmetic (or TIES); with

@@ -89,12 +89,14 @@ def _measured(method: Method, params: dict[str, Any], tensors: Sequence[Sequence
 
 
 def _kernel(method: Method, params: dict[str, Any], xs: Sequence[Tensor], stat: Any, key: int) -> Tensor:
-    shape = xs[0].shape
+    shape = method.shape([tuple(x.shape) for x in xs]) if method.shape else tuple(xs[0].shape)
     arguments = keywords(params)
     if stat is not None:
         arguments["stat"] = stat
     if method.positioned:
         arguments["block"] = Block(0, key)
+    if method.reports:
+        arguments["report"] = lambda done, total: None
     reach = method.reach_of(params)
     if reach == "row":
         length = 1 if not shape else shape[-1] if method.row_axis == "last" else math.prod(shape[1:] or shape)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.methods.registry import method
-from mergekit_lite.methods.spec import Param
+from mergekit_lite.methods.spec import Param, Report
 from mergekit_lite.methods.spectral import mean, on_matrices, wide
 
 DECAY, SQUARE_DECAY, EPSILON = 0.9, 0.999, 1e-8  # Adam's settings
@@ -39,8 +39,9 @@ def solve(gram: Tensor, pull: Tensor, ridge: float) -> Tensor:
     return torch.cholesky_solve(pull.T, torch.linalg.cholesky(damped)).T
 
 
-def descend(start: Tensor, gram: Tensor, pull: Tensor, steps: int, rate: float) -> Tensor:
-    """`steps` steps of Adam from `start` down the loss of `normal_equations`, in the dtype of the arguments."""
+def descend(start: Tensor, gram: Tensor, pull: Tensor, steps: int, rate: float, report: Report) -> Tensor:
+    """`steps` steps of Adam from `start` down the loss of `normal_equations`, in the dtype of the arguments. `report`
+    is told of each."""
     delta = start.clone()
     first, second = torch.zeros_like(delta), torch.zeros_like(delta)
     for step in range(1, steps + 1):
@@ -49,16 +50,17 @@ def descend(start: Tensor, gram: Tensor, pull: Tensor, steps: int, rate: float) 
         second.mul_(SQUARE_DECAY).addcmul_(gradient, gradient, value=1 - SQUARE_DECAY)
         length = (second.sqrt() / math.sqrt(1 - SQUARE_DECAY**step)).add_(EPSILON)
         delta.addcdiv_(first, length, value=-rate / (1 - DECAY**step))
+        report(step, steps)
     return delta
 
 
-def _merged(deltas: Sequence[Tensor], solver: str, steps: int, rate: float, ridge: float) -> Tensor:
+def _merged(deltas: Sequence[Tensor], solver: str, steps: int, rate: float, ridge: float, report: Report) -> Tensor:
     gram, pull = normal_equations(deltas)
     if solver == "closed":
         return solve(gram, pull, ridge)
     start = mean(deltas) * len(deltas)
     dtype = deltas[0].dtype
-    return descend(start.to(dtype), gram.to(dtype), pull.to(dtype), steps, rate)
+    return descend(start.to(dtype), gram.to(dtype), pull.to(dtype), steps, rate, report)
 
 
 @method(
@@ -71,9 +73,12 @@ def _merged(deltas: Sequence[Tensor], solver: str, steps: int, rate: float, ridg
     gives="delta",
     base="required",
     reach="matrix",
+    reports=True,
     paper="WUDI-Merging, ICML 2025, arXiv 2503.08099",
 )
-def wudi(xs: Sequence[Tensor], solver: str, steps: int, rate: float, ridge: float, lambda_: float) -> Tensor:
+def wudi(
+    xs: Sequence[Tensor], solver: str, steps: int, rate: float, ridge: float, lambda_: float, report: Report
+) -> Tensor:
     """Find the delta that interferes least with each model in the directions which this model uses.
 
     out = lambda D, with D where this loss is small:
@@ -95,6 +100,6 @@ def wudi(xs: Sequence[Tensor], solver: str, steps: int, rate: float, ridge: floa
     """
     return on_matrices(
         xs,
-        lambda deltas: lambda_ * _merged(deltas, solver, steps, rate, ridge),
+        lambda deltas: lambda_ * _merged(deltas, solver, steps, rate, ridge, report),
         lambda deltas: lambda_ * mean(deltas),
     )

@@ -15,6 +15,7 @@ from mergekit_lite.errors import Problem, RecipeError
 from mergekit_lite.family.family import family_of
 from mergekit_lite.methods.registry import all_methods
 from mergekit_lite.methods.spec import Method
+from mergekit_lite.plan.adapter import adapted
 from mergekit_lite.plan.check import check_places
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.layout import build_output
@@ -30,6 +31,8 @@ from mergekit_lite.recipe.write import to_yaml
 
 # Part of the digest: a change of a kernel, a statistic or the random masks that changes bytes raises it.
 ARITHMETIC = 1
+# What the names of 8-bit weights are followed by in those of their scales.
+SCALES = ("_scale", "_scale_inv")
 
 
 def build_plan(
@@ -51,7 +54,11 @@ def build_plan(
     if problems:
         raise RecipeError(problems)
     builder = Builder(recipe.seed)
-    tables = {name: model_table(builder, name, checkpoint) for name, checkpoint in checkpoints.items()}
+    tables: dict[str, Table] = {}
+    for name, checkpoint in checkpoints.items():
+        table, mark = model_table(builder, name, checkpoint), recipe.models[name].mark
+        tables[name], found_faults = adapted(builder, name, checkpoint, table, methods["add"], mark)
+        problems += found_faults
     views: list[StepView] = []
     warnings: list[Problem] = [*recipe.notes]
     warnings += [note for checkpoint in checkpoints.values() for note in checkpoint.notes]
@@ -82,7 +89,7 @@ def build_plan(
         peak_bytes=peak_bytes(units, pools, threads, block, size),
         digest=_digest(recipe, outputs, pools, checkpoints),
         tied=tuple(pair for checkpoint in checkpoints.values() for pair in tied_pairs(checkpoint)),
-        warnings=tuple(warnings),
+        warnings=tuple(dict.fromkeys(warnings)),  # steps that one line makes may have the same to say
     )
 
 
@@ -98,7 +105,20 @@ def model_table(builder: Builder, name: str, checkpoint: Checkpoint) -> Table:
         donor=name,
         config=checkpoint.config,
         family=family,
-        quantized="quantization_config" in checkpoint.config,
+        quantized=is_quantized(checkpoint),
+    )
+
+
+def is_quantized(checkpoint: Checkpoint) -> bool:
+    """Whether the numbers are codes that need scales: the configuration says so, its part for text may say so, or
+    8-bit tensors have scales beside them."""
+    parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, Mapping))]
+    if any(part.get("quantization_config") for part in parts):
+        return True
+    tensors = checkpoint.tensors
+    return any(
+        meta.dtype.startswith("F8") and any(f"{name}{end}" in tensors for end in SCALES)
+        for name, meta in tensors.items()
     )
 
 

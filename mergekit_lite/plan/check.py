@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mergekit_lite.checkpoint.meta import Checkpoint
@@ -16,17 +16,25 @@ def check_places(saves: Sequence[tuple[Save, Path]], checkpoints: Mapping[str, C
     problems: list[Problem] = []
     for save, to in saves:
         target = to.resolve()
-        for checkpoint in checkpoints.values():
-            folder = checkpoint.folder.resolve() if checkpoint.folder else None
-            # A single file's folder belongs to nobody: an output may lie beside it.
-            alone = os.path.isfile(os.path.expanduser(checkpoint.location))
-            if folder is not None and not alone and (target == folder or folder in target.parents):
-                message = f"the output `{to}` lies inside the input `{checkpoint.location}`"
+        for location, home in _homes(checkpoints):
+            folder = home.resolve()
+            if target == folder or folder in target.parents:
+                message = f"the output `{to}` lies inside the input `{location}`"
                 problems.append(Problem(message, save.mark, "choose a folder outside the inputs"))
                 break
         else:
             problems += _occupied(to, save.mark)
     return problems
+
+
+def _homes(checkpoints: Mapping[str, Checkpoint]) -> Iterator[tuple[str, Path]]:
+    """The inputs' folders, each with the input's location."""
+    for checkpoint in checkpoints.values():
+        # A single file's folder belongs to nobody: an output may lie beside it.
+        if checkpoint.folder is not None and not os.path.isfile(os.path.expanduser(checkpoint.location)):
+            yield checkpoint.location, checkpoint.folder
+        if checkpoint.adapter is not None:
+            yield checkpoint.adapter.location, checkpoint.adapter.folder
 
 
 def _occupied(to: Path, mark: Mark) -> list[Problem]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mergekit_lite.checkpoint.meta import Checkpoint
 from mergekit_lite.plan.model import Node, Output, OutTensor, Plan, StepView
 from mergekit_lite.plan.words import count, shape, size
 from mergekit_lite.recipe.write import located
@@ -142,6 +143,7 @@ def as_json(plan: Plan, threads: int) -> dict[str, Any]:
             name: {
                 "location": checkpoint.location,
                 "revision": checkpoint.revision,
+                "adapter": _adapter(checkpoint),
                 "tensors": len(checkpoint.tensors),
                 "bytes": sum(meta.nbytes for meta in checkpoint.tensors.values()),
                 "files": [file.path for file in checkpoint.shards],
@@ -168,6 +170,15 @@ def as_json(plan: Plan, threads: int) -> dict[str, Any]:
         "outputs": [_output(output, models) for output in plan.outputs],
         "warnings": [problem.as_json() for problem in plan.warnings],
     }
+
+
+def _adapter(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What is folded into a checkpoint: where it comes from, and how many of the base's modules and tensors change."""
+    adapter = checkpoint.adapter
+    if adapter is None:
+        return None
+    counts = {"low_rank": len(adapter.low_rank), "whole": len(adapter.whole)}
+    return {"location": adapter.location, "revision": adapter.revision, **counts}
 
 
 def _output(output: Output, models: Mapping[str, str]) -> dict[str, Any]:
@@ -206,9 +217,12 @@ def _role(step: StepView, place: int) -> str:
 
 
 def _models(plan: Plan) -> dict[str, str]:
-    """The model that a file belongs to; where two models are one checkpoint, the first of them."""
+    """The model that a file belongs to; where two models are one checkpoint, the first of them. An adapter's file
+    belongs to its location."""
     found: dict[str, str] = {}
     for name, checkpoint in plan.checkpoints.items():
+        if checkpoint.adapter is not None:
+            found.update(dict.fromkeys((file.path for file in checkpoint.adapter.files), checkpoint.adapter.location))
         for file in checkpoint.shards:
             found.setdefault(file.path, name)
     return found
@@ -221,6 +235,10 @@ def _parts(node: Node, name: str, models: Mapping[str, str]) -> Iterator[str]:
         return
     yield f"{node.method.name}("
     for place, below in enumerate(node.inputs):
+        if place and node.method.beside is not None:
+            # The factors of an adapter have names of their own, which say nothing new.
+            yield f", {models.get(below.load.file, below.load.file)}" if place == 1 and below.load else ""
+            continue
         yield ", " if place else ""
         yield from _parts(below, name, models)
     for key, value in node.params:

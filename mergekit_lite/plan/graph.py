@@ -73,7 +73,7 @@ class Builder:
             raise PoolConflict(f"`{method.name}`")
         node = self._node(
             identity,
-            shape=below[0].shape,
+            shape=method.shape([n.shape for n in below]) if method.shape else below[0].shape,
             step=step,
             method=method,
             inputs=tuple(below),

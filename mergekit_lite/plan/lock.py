@@ -22,7 +22,11 @@ def lock_text(plan: Plan, inputs: Mapping[str, str], shards: Mapping[str, Mappin
     shard by output folder and file name."""
     recipe = plan.recipe
     pinned = {
-        name: replace(recipe.models[name], revision=checkpoint.revision)
+        name: replace(
+            recipe.models[name],
+            revision=checkpoint.revision,
+            adapter_revision=checkpoint.adapter.revision if checkpoint.adapter else None,
+        )
         for name, checkpoint in plan.checkpoints.items()
     }
     head = to_yaml(replace(recipe, models={**recipe.models, **pinned}))

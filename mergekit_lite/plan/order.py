@@ -40,14 +40,14 @@ def reach_of(node: Node) -> str:
 def grain_of(nodes: Iterable[Node]) -> int:
     """How many elements the nodes' blocks are made of: whole rows where a method needs them, the whole tensor where
     one needs that, a fixed number otherwise. The same in every run, since sums are formed grain by grain."""
-    grain = 1
+    grain, whole = 1, 0
     for node in nodes:
         reach = reach_of(node)
         if reach == "matrix":
-            return max(1, node.numel)
-        if reach == "row" and node.method is not None:
+            whole = max(1, whole, node.numel)
+        elif reach == "row" and node.method is not None:
             grain = math.lcm(grain, row_length(node))
-    return grain * max(1, GRAIN // grain)
+    return whole or grain * max(1, GRAIN // grain)
 
 
 def row_length(node: Node) -> int:
@@ -57,6 +57,16 @@ def row_length(node: Node) -> int:
     # A vector has no rows along its first axis: it is one row.
     length = node.shape[-1] if node.method.row_axis == "last" else math.prod(node.shape[1:] or node.shape)
     return max(1, length)
+
+
+def beside(nodes: Iterable[Node]) -> dict[int, tuple[str, Node]]:
+    """The nodes that are read beside the rows of another, by id: how (`rows`, `columns`, `whole`), and beside which."""
+    found: dict[int, tuple[str, Node]] = {}
+    for node in nodes:
+        if node.method is not None and node.method.beside is not None and reach_of(node) == "row":
+            ways = node.method.beside(dict(node.params))
+            found.update({n.id: (way, node) for n, way in zip(node.inputs[1:], ways, strict=True)})
+    return found
 
 
 def make_units(outputs: Sequence[Output]) -> tuple[Unit, ...]:
@@ -83,13 +93,25 @@ def bytes_read(units: Sequence[Unit], pools: Mapping[str, Sequence[Node]]) -> in
     """Bytes read in all passes; the number of passes of a measured node is what it usually is."""
     total = 0
     for unit in units:
-        total += sum(load_bytes(n, unit.stop - unit.start) for n in walk(t.node for _, t in unit.targets))
-        measured = [n for n in walk(t.node for _, t in unit.targets) if reach_of(n) == "measured"]
+        nodes = list(walk(t.node for _, t in unit.targets))
+        total += _pass_bytes(nodes, unit.stop - unit.start)
+        measured = [n for n in nodes if reach_of(n) == "measured"]
         if measured:
-            total += ROUNDS * sum(load_bytes(n, unit.stop - unit.start) for n in walk(measured))
+            total += ROUNDS * _pass_bytes(list(walk(measured)), unit.stop - unit.start)
     # Pools that look at the same inputs are fed together.
     pooled = [node for members in pools.values() for node in members]
     total += ROUNDS * sum(load_bytes(n, n.numel) for n in walk(pooled))
+    return total
+
+
+def _pass_bytes(nodes: Sequence[Node], numel: int) -> int:
+    """Stored bytes that one pass over `numel` elements of a tensor reads."""
+    aside = beside(nodes)
+    total = 0
+    for node in nodes:
+        way, owner = aside.get(node.id, ("", node))
+        share = numel if not way else node.numel * numel // max(1, owner.numel) if way == "rows" else node.numel
+        total += load_bytes(node, share)
     return total
 
 
@@ -112,10 +134,17 @@ def peak_bytes(units: Sequence[Unit], pools: Mapping[str, Sequence[Node]], threa
 
 def _block_bytes(nodes: Sequence[Node], block: int, size: int) -> int:
     grain = grain_of(nodes)
-    numel = max(n.numel for n in nodes)
+    aside = beside(nodes)
+    numel = max(n.numel for n in nodes if n.id not in aside)
     elements = min(numel, max(grain, block // grain * grain))
     # Every node's block lives until the block is done; a stored block, and room for the temporaries of one kernel.
-    blocks = elements * size * (len(nodes) + 4)
+    blocks = elements * size * (len(nodes) - len(aside) + 4)
+    # What is read beside them is held for the whole tensor, with a part of it put in order for a kernel, unless it
+    # comes in rows.
+    for node in nodes:
+        way, owner = aside.get(node.id, ("", node))
+        if way:
+            blocks += size * (2 * node.numel if way != "rows" else node.numel * elements // max(1, owner.numel))
     # A row method sorts: values, indices and a copy. A matrix method decomposes in float64: both sides, a copy and the
     # room that LAPACK asks for.
     reaches = {reach_of(n) for n in nodes}

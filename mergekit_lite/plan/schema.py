@@ -13,6 +13,20 @@ from mergekit_lite.recipe.step import MISSING
 Schema = dict[str, Any]
 TEXT: Schema = {"type": "string", "pattern": r"\S"}
 REFERENCE: Schema = {**TEXT, "description": "A model or a step by name; a path or Hub id holds a `/`."}
+MODEL: Schema = {
+    "anyOf": [
+        TEXT,
+        {
+            "type": "object",
+            "properties": {
+                "path": {**TEXT, "description": "The base: a path, or a Hub id with @revision."},
+                "adapter": {**TEXT, "description": "A LoRA adapter that is folded in: a folder, or a Hub id."},
+            },
+            "required": ["path", "adapter"],
+            "additionalProperties": False,
+        },
+    ]
+}
 _MISSING_HELP = (
     "What to do with tensors that only some inputs have. error: stop; base: keep the base's tensor; skip: leave them "
     "out; zero_delta: take the base for the model that lacks it."
@@ -41,7 +55,7 @@ def schema(methods: Mapping[str, Method]) -> Schema:
                 "description": "Seed of all random masks.",
             },
             "compute": {"enum": list(COMPUTE), "default": COMPUTE[0], "description": "The dtype of the arithmetic."},
-            "models": _named(f"^{NAME.pattern}$|/", TEXT, "Checkpoints by name: a path, or a Hub id with @revision."),
+            "models": _named(f"^{NAME.pattern}$|/", MODEL, "Checkpoints by name: a path, or a Hub id with @revision."),
             "steps": _named(f"^{NAME.pattern}$", {"$ref": "#/$defs/step"}, "Steps by name: use a method of inputs."),
             "save": {
                 "description": "One output folder, or a list of them.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mergekit_lite.checkpoint.meta import MERGEABLE
@@ -239,28 +239,16 @@ def _call(
 ) -> Call | Slot:
     """A use of `method` over the slots of one tensor: the inputs, the base if there is one, then the statistics."""
     count = len(sources)
-    beside = [Slot(count + (base is not None) + i) for i in range(len(statistics))]
-    call = expand(method, count, _plain(method, params))
-    if isinstance(call, Call) and beside:
-        call = Call(call.method, (*call.inputs, *beside), call.params)
-    if base is None:
-        return call
-    last = Slot(count)
-    if not method.surrounds:
-        return call if isinstance(call, Slot) else Call(call.method, (*call.inputs, last), call.params)
-    inputs: list[Call | Slot] = [
-        Slot(i) if source.table.space == "delta" else delta(Slot(i), last) for i, source in enumerate(sources)
-    ]
-    return add(_put(call, lambda slot: (*inputs, last, *beside)[slot.index]), last)
+    last = () if base is None else (Slot(count),)
+    beside = tuple(Slot(count + len(last) + i) for i in range(len(statistics)))
+    settings = tuple(_plain(method, params).items())
+    if not (last and method.surrounds):
+        return expand(Call(method, (*map(Slot, range(count)), *beside, *last), settings))
+    inputs = [Slot(i) if source.table.space == "delta" else delta(Slot(i), *last) for i, source in enumerate(sources)]
+    return add(expand(Call(method, (*inputs, *beside), settings)), *last)
 
 
 def _plain(method: Method, params: Params) -> Params:
     """The settings without references: a method never sees a name."""
     names = {param.name for param in method.params if param.kind == "reference"}
     return {key: value for key, value in params.items() if key not in names}
-
-
-def _put(call: Call | Slot, place: Callable[[Slot], Call | Slot]) -> Call | Slot:
-    if isinstance(call, Slot):
-        return place(call)
-    return Call(call.method, tuple(_put(below, place) for below in call.inputs), call.params)

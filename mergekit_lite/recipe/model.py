@@ -20,12 +20,15 @@ class Ref:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A checkpoint to load: `location` is a path or a Hub id, `revision` what stood after `@`."""
+    """A checkpoint to load: `location` is a path or a Hub id, `revision` what stood after `@`. `adapter` and its
+    revision are those of an adapter that is folded in."""
 
     name: str
     location: str
     revision: str | None
     mark: Mark
+    adapter: str | None = None
+    adapter_revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ __all__ = ["NAME", "final_step", "parse", "read_file", "split_location", "unused
 
 TOP_KEYS = ("version", "seed", "compute", "models", "steps", "save", "lock")
 COMPUTE = ("float32", "float64")
+MODEL_KEYS = ("path", "adapter")
 
 
 def read_file(path: str | os.PathLike[str]) -> str:
@@ -181,20 +182,53 @@ class _Reader:
         if isinstance(value, str) and value.strip():
             self.locate(name, value, mark, node.mark)
             return
+        if isinstance(node, MapNode):
+            self.adapted(name, mark, node)
+            return
         hint = f"for example `{name}: org/name@revision` or `{name}: ./folder`"
         self.add(f"a model must be a path or a Hub id, not {describe(node)}", node.mark, hint)
 
+    def adapted(self, name: str, mark: Mark, node: MapNode) -> None:
+        """Add the model `{path: BASE, adapter: ADAPTER}`."""
+        texts: dict[str, tuple[str, str | None] | None] = {}
+        for key, entry in node.entries.items():
+            if key not in MODEL_KEYS:
+                self.add(f"a model has no key `{key}`", entry.mark, suggest(key, MODEL_KEYS))
+                continue
+            part = entry.value
+            if isinstance(part, ScalarNode) and isinstance(part.value, str) and part.value.strip():
+                texts[key] = self.place(part.value, part.mark)
+            else:
+                texts[key] = None
+                hint = f"for example `{name}: {{path: org/base, adapter: ./lora}}`"
+                self.add(f"`{key}` must be a path or a Hub id, not {describe(part)}", part.mark, hint)
+        lacking = next((key for key in MODEL_KEYS if key not in texts), None)
+        if lacking is not None:
+            hint = f"for example `{name}: {{path: org/base, adapter: ./lora}}`; without an adapter, `{name}: org/base`"
+            self.add(f"the model `{name}` does not name its `{lacking}`", node.mark, hint)
+            return
+        base, adapter = texts["path"], texts["adapter"]
+        if base is not None and adapter is not None:
+            self.models[name] = Model(name, *base, mark, *adapter)
+
     def locate(self, name: str, text: str, mark: Mark, place: Mark) -> None:
         """Add the model that `text` locates; `place` is where it is written."""
+        found = self.place(text, place)
+        if found is not None:
+            self.models[name] = Model(name, *found, mark)
+
+    def place(self, text: str, mark: Mark) -> tuple[str, str | None] | None:
+        """Location and revision that `text` writes at `mark`; None where it is at fault."""
         location, revision = split_location(text)
         if "\0" in text:
-            self.add("a path cannot hold the character U+0000", place, "check the escapes in this text")
+            self.add("a path cannot hold the character U+0000", mark, "check the escapes in this text")
         elif revision == "":
             self.add(
-                f"`{text}` has no revision after `@`", place, f"write `{location}`, or name a commit, tag or branch"
+                f"`{text}` has no revision after `@`", mark, f"write `{location}`, or name a commit, tag or branch"
             )
         else:
-            self.models[name] = Model(name, location, revision, mark)
+            return location, revision
+        return None
 
     def ref(self, node: Node, what: str) -> Ref | None:
         """The reference that `node` writes; `what` names it in a message."""

@@ -34,7 +34,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
     Sizes are bytes and every model is listed with its location. Raises RecipeError where `final_step` does.
     """
-    models = {name: located(model) for name, model in recipe.models.items()}
+    models = {name: _model(model) for name, model in recipe.models.items()}
     steps = {name: _step(step) | {"missing": step.missing} for name, step in recipe.steps.items()}
     saves = []
     for save in recipe.saves:
@@ -52,7 +52,7 @@ def native(recipe: Recipe) -> dict[str, Any]:
     if recipe.compute != "float32":
         data["compute"] = recipe.compute
     # A model named in place comes back by itself, unless its location has been pinned to something else since.
-    models = {name: located(m) for name, m in recipe.models.items() if "/" not in name or located(m) != name}
+    models = {name: _model(m) for name, m in recipe.models.items() if "/" not in name or _model(m) != name}
     if models:
         data["models"] = models
     if recipe.steps:
@@ -73,10 +73,24 @@ def dump(data: Any) -> str:
 
 
 def located(model: Model) -> str:
-    """The model's location as a recipe writes it: `org/name@revision`. ValueError where only a Hub id could."""
-    text = model.location if model.revision is None else f"{model.location}@{model.revision}"
-    if split_location(text) != (model.location, model.revision):
-        raise ValueError(f"{model.location!r} is not a Hub id and cannot have the revision {model.revision!r}")
+    """The model's location as a person reads it: `org/name@revision`, with an adapter `org/name@revision + ./lora`.
+    ValueError as in `_model`."""
+    written = _model(model)
+    return written if isinstance(written, str) else f"{written['path']} + {written['adapter']}"
+
+
+def _model(model: Model) -> str | dict[str, str]:
+    """The model as a recipe writes it. ValueError where something else than a Hub id has a revision."""
+    path = _place(model.location, model.revision)
+    if model.adapter is None:
+        return path
+    return {"path": path, "adapter": _place(model.adapter, model.adapter_revision)}
+
+
+def _place(location: str, revision: str | None) -> str:
+    text = location if revision is None else f"{location}@{revision}"
+    if split_location(text) != (location, revision):
+        raise ValueError(f"{location!r} is not a Hub id and cannot have the revision {revision!r}")
     return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -32,13 +33,16 @@ Stats = dict[int, Any]  # node id -> what its measure found for this tensor
 @dataclass
 class Blocks:
     """Computes nodes block by block: `compute` is the dtype of the arithmetic, `block` the elements of one block (at
-    least one grain). `watch` is told of every loaded block of the last pass; `stopped` is asked between blocks."""
+    least one grain). `watch` is told of every loaded block of the last pass; `report` of every step of a long iteration
+    in a node; `stopped` is asked between blocks and steps."""
 
     source: Source
     compute: torch.dtype
     block: int
     stopped: Callable[[], None]
     watch: Callable[[TensorMeta, Tensor], None] = field(default=lambda meta, values: None)
+    report: Callable[[Node, int, int], None] = field(default=lambda node, done, total: None)
+    _kept: dict[int, Tensor] = field(default_factory=dict, init=False)  # what all blocks of a tensor need, by node id
 
     def spans(self, nodes: Sequence[Node], start: int, stop: int) -> Iterator[tuple[int, int]]:
         """[start, stop) in blocks of whole grains."""
@@ -68,6 +72,8 @@ class Blocks:
                 # The whole tensor is one block, and a statistic beside it may have another size.
                 whole = [self.value(below, 0, below.numel, stats, memo, last) for below in node.inputs]
                 xs = [x.reshape(below.shape) for x, below in zip(whole, node.inputs, strict=True)]
+            elif node.method.beside is not None:
+                xs = self._beside(node, node.method.beside(dict(node.params)), start, stop, stats, memo, last)
             else:
                 xs = [self.value(below, start, stop, stats, memo, last) for below in node.inputs]
                 if reach == "row":
@@ -76,9 +82,46 @@ class Blocks:
                 arguments["stat"] = stats[node.id]
             if node.method.positioned:
                 arguments["block"] = Block(start, node.key)
-            result = apply(node.method, xs, arguments, stop - start)
+            if node.method.reports:
+                arguments["report"] = functools.partial(self._step, node)
+            result = apply(node.method, xs, arguments, node.numel if reach == "matrix" else stop - start)
         memo[node.id] = result
         return result
+
+    def _beside(
+        self,
+        node: Node,
+        ways: Sequence[str],
+        start: int,
+        stop: int,
+        stats: Stats,
+        memo: dict[int, Tensor],
+        last: bool,
+    ) -> list[Tensor]:
+        """The rows of the first input in [start, stop), and of every further one what `ways` says, as matrices. What is
+        not cut into rows is read once and kept."""
+        length = row_length(node)
+        top, bottom = start // length, stop // length
+        xs = [self.value(node.inputs[0], start, stop, stats, memo, last).reshape(-1, length)]
+        for below, way in zip(node.inputs[1:], ways, strict=True):
+            if way == "rows":
+                width = below.numel * length // node.numel
+                part = self.value(below, top * width, bottom * width, stats, memo, last)
+                xs.append(part.reshape(bottom - top, width))
+                continue
+            if below.id not in self._kept:
+                self._kept[below.id] = self.value(below, 0, below.numel, stats, {}, False)
+            whole = self._kept[below.id]
+            if last and start == 0 and below.load is not None and below.id not in memo:
+                memo[below.id] = whole
+                self.watch(below.load, whole)
+            matrix = whole.reshape(below.shape[0], -1)
+            xs.append(matrix if way == "whole" else matrix[:, top:bottom])
+        return xs
+
+    def _step(self, node: Node, done: int, total: int) -> None:
+        self.stopped()
+        self.report(node, done, total)
 
     def measure(self, roots: Sequence[Node], stats: Stats) -> None:
         """Fill `stats` with the statistics of every measured node below `roots`. Nodes that do not depend on one

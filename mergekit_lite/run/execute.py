@@ -27,6 +27,7 @@ from mergekit_lite.run.pools import measure_pools
 from mergekit_lite.run.sink import Sink
 from mergekit_lite.run.threads import one_thread_per_operation
 
+WITHIN_SECONDS = 0.2  # how often a tensor in a long iteration tells how far it is, at most
 JOURNAL_SECONDS = 3.0  # how much finished work a crash may cost, at most
 # Dtypes whose range float32 numbers may leave on the last rounding.
 NARROW = frozenset({"F16", "F8_E4M3", "F8_E5M2"})
@@ -41,7 +42,9 @@ class ByteSource(Source, Protocol):
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a run is. `phase` is `measure` (statistics over all tensors) or `merge`; `done` and `total` count bytes
-    written, in `measure` tensors looked at; `read` counts bytes read so far; `label` names the tensor last finished."""
+    written, in `measure` tensors looked at; `read` counts bytes read so far; `label` names the tensor last finished. A
+    tensor in the middle of a long iteration tells its steps, done and all, in `within`, and counts in `done` by its
+    share."""
 
     phase: str
     label: str
@@ -53,6 +56,7 @@ class Progress:
     shard: int
     shards: int
     read: int
+    within: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +85,17 @@ class Findings:
                 mine[name] = mine.get(name, 0) + count
 
 
-class _Stop(Exception):
-    """A worker was asked to stop."""
+class _Stop(BaseException):
+    """A worker was asked to stop. No `Exception`, so that no method takes it for a failure of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Within:
+    """A unit in the middle of a long iteration: its share done, and the steps of this iteration."""
+
+    unit: Unit
+    share: float
+    steps: tuple[int, int]
 
 
 class _Counted:
@@ -129,7 +142,10 @@ class _Run:
         self.blocks = Blocks(source, compute, options.block, self._check)
         self.findings = Findings(resumed=len(done.units))
         self.stats: Stats = {}
-        self.finished: queue.SimpleQueue[tuple[Unit, dict[str, Any]] | BaseException | None] = queue.SimpleQueue()
+        self.finished: queue.SimpleQueue[tuple[Unit, dict[str, Any]] | _Within | BaseException | None] = (
+            queue.SimpleQueue()
+        )
+        self.ahead: dict[int, int] = {}  # bytes of units in the middle of a long iteration, by their share done
         self.unsafe: list[tuple[int, dict[str, Any]]] = []
         self.safe_at = time.monotonic()
         self.written = 0
@@ -218,6 +234,10 @@ class _Run:
                     working -= 1
                 elif isinstance(got, BaseException):
                     raise got
+                elif isinstance(got, _Within):
+                    ahead = int(got.share * _weight(got.unit))
+                    self.ahead[got.unit.id] = max(ahead, self.ahead.get(got.unit.id, 0))
+                    self._tell(got.unit, count, got.steps)
                 else:
                     count += 1
                     self._take(*got)
@@ -229,8 +249,9 @@ class _Run:
         self.findings.add(found)
         self.unsafe.append((unit.id, found))
         self.written += _weight(unit)
+        self.ahead.pop(unit.id, None)
 
-    def _tell(self, unit: Unit, count: int) -> None:
+    def _tell(self, unit: Unit, count: int, within: tuple[int, int] | None = None) -> None:
         number, tensor = unit.targets[0]
         output = self.plan.outputs[number]
         place = (tensor.shard + 1, len(output.shards))
@@ -238,12 +259,13 @@ class _Run:
             "merge",
             unit.name,
             output.step,
-            self.written,
+            self.written + sum(self.ahead.values()),
             self.total,
             count,
             len(self.plan.units),
             *place,
             self.source.bytes,
+            within,
         )
         self.options.progress(progress)
 
@@ -271,6 +293,7 @@ class _Run:
             return found
         roots = [tensor.node for _, tensor in unit.targets]
         nodes = list(walk(roots))
+        blocks = replace(blocks, report=self._within(unit, nodes))
         stats = subset(self.stats, roots)
         blocks.measure(roots, stats)
         for start, stop in blocks.spans(nodes, unit.start, unit.stop):
@@ -282,6 +305,20 @@ class _Run:
                     _count_overflow(tensor, value, stored, found["overflow"])
                 self.sink.write(output, tensor, start, stored)
         return found
+
+    def _within(self, unit: Unit, nodes: Sequence[Node]) -> Callable[[Node, int, int], None]:
+        """What to call with the steps of the unit's iterations, which come one after the other."""
+        place = {node.id: i for i, node in enumerate(n for n in nodes if n.method and n.method.reports)}
+        told = time.monotonic()
+
+        def report(node: Node, done: int, total: int) -> None:
+            nonlocal told
+            now = time.monotonic()
+            if now - told >= WITHIN_SECONDS:
+                told = now
+                self.finished.put(_Within(unit, (place[node.id] + done / total) / len(place), (done, total)))
+
+        return report
 
     def _copy(self, unit: Unit, blocks: Blocks) -> None:
         seen: set[TensorMeta] = set()  # two saves of one tensor count its numbers once

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, as_completed
+from dataclasses import replace
 from typing import Any
 
 from mergekit_lite.methods.measure import Measure, Part
@@ -96,10 +97,12 @@ def _round(
 
     def one(work: list[tuple[str, Node, Part]]) -> list[tuple[str, Node]]:
         local = dict(stats)
-        blocks.measure([node for _, node, _ in work], local)
-        blocks.feed([(node, part) for _, node, part in work], local)
+        mine = replace(blocks)  # what is kept beside the blocks is kept for these tensors alone
+        mine.measure([node for _, node, _ in work], local)
+        mine.feed([(node, part) for _, node, part in work], local)
         return [(name, node) for name, node, _ in work]
 
-    for finished in threads.map(one, together):
-        for name, node in finished:
+    # As they finish, so that a failure is not left waiting behind a tensor that takes long.
+    for finished in as_completed([threads.submit(one, work) for work in together]):
+        for name, node in finished.result():
             report(name, node)

@@ -204,3 +204,8 @@ def test_the_display_names_step_and_shard():
     progress = Progress("merge", "layers.0.weight", "merged", 10**9, 10**10, 201, 291, 2, 3, 10**9)
     assert label(progress) == "merged"
     assert detail_of(progress, 1.9e9) == "201/291  shard 2/3  1.9 GB/s"
+
+
+def test_the_display_shows_a_long_iteration():
+    progress = Progress("merge", "layers.0.weight", "merged", 10**9, 10**10, 201, 291, 2, 3, 10**9, (120, 300))
+    assert detail_of(progress, 0.0) == "201/291  shard 2/3  iteration 120/300"

@@ -33,7 +33,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"weight": (1.0, 0.4, 2.0), "aggregate": aggregate, "zero_sign": zero_sign}
         for aggregate in ("mean", "sum", "max")
         for zero_sign in ("majority", "positive", "drop")
-    ],
+    ]
+    + [{"weight": (1.0, -0.4, 2.0), "compat": compat} for compat in (False, True)],
     "passthrough": [{"scale": 0.3}],
     "model_stock": [{}, {"clamp": False}, {"granularity": "row"}],
     "nuslerp": [{"weight": (0.3, 0.9)}, {"weight": (0.3, 0.9), "mode": "row"}],
@@ -42,9 +43,9 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "geometric_median": [{"weight": (1.0, 0.9, 1.0)}],
     "nearswap": [{"t": 0.4}],
     "ram": [{"epsilon": 0.5}],
-    "ramplus_tl": [{"epsilon": 0.5}],
+    "ramplus_tl": [{"epsilon": 0.5}, {"epsilon": 0.5, "scope": "global"}],
     "magprune": [{"density": 0.4}, {"density": 0.4, "rescale": False}],
-    "sce": [{}, {"select_topk": 0.4}],
+    "sce": [{}, {"select_topk": 0.4}, {"select_topk": 0.4, "compat": True}],
     "tall_masks": [{}, {"output": "mask"}],
     "keep_shared": [{"k": 2}],
     "emr": [{"scope": "tensor"}],
@@ -56,7 +57,7 @@ SUMMED = {"slerp", "model_stock", "nuslerp", "multislerp", "karcher", "geometric
 PARTS = [
     m
     for m in all_methods().values()
-    if not m.composite and m.reach != "structure" and not any(p.kind == "reference" for p in m.params)
+    if m.public and not m.composite and m.reach != "structure" and not any(p.kind == "reference" for p in m.params)
 ]
 CASES = [(m, params) for m in PARTS for params in SETTINGS.get(m.name, [{}])]
 IDS = [f"{m.name}-{i}" for i, (m, _) in enumerate(CASES)]
@@ -103,6 +104,8 @@ def kernel(method: Method, params: dict[str, Any], stat: Any) -> Callable[[Seque
             arguments["stat"] = stat
         if method.positioned:
             arguments["block"] = Block(start, 77)
+        if method.reports:
+            arguments["report"] = lambda done, total: None
         if method.reach_of(params) == "row":
             xs = [x.reshape(-1, LENGTH) for x in xs]
         return method.fn(xs, **arguments).reshape(-1)

@@ -42,7 +42,7 @@ def test_settings_that_contradict_one_another() -> None:
     assert "scope: global" in (get("ties").check(scopes, 1) or "")
     middle = {"gamma": (0.1,), "density": (0.5,), "remove_first": True, **scopes}
     assert "scope: global" in (get("breadcrumbs_ties").check(middle, 1) or "")
-    weights = {"weight": (1.0, -1.0), "normalize": True}
+    weights = {"weight": (1.0, -1.0), "normalize": True, "compat": False}
     assert "add up to 0" in (get("task_arithmetic").check(weights, 2) or "")
 
 

@@ -12,7 +12,7 @@ from method_cases import ORACLES, around_base, tensor
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergekit_lite.methods import get
+from mergekit_lite.methods import Slot, get
 from mergekit_lite.methods.iso_cts import split_ranks
 from mergekit_lite.methods.spectral import left_basis, on_matrices, polar, triplets
 from mergekit_lite.methods.whole import apply, evaluate
@@ -21,6 +21,7 @@ Array = NDArray[np.float64]
 F64 = torch.float64
 SPECTRAL = ["ace", "cart", "core_space", "iso_c", "iso_cts", "knots", "star", "svc", "tsv_m", "wudi"]
 SIZES = pytest.mark.parametrize("rows, columns", [(9, 14), (14, 9), (8, 8)])
+KINDS = [(10, 8), (5,), (6, 8, 5)]
 BIG = {"rank_share": 0.1, "svd": "randomised"}
 
 
@@ -369,6 +370,48 @@ def test_knots() -> None:
     close(run("knots", xs, merge="dare_linear", density=1.0), torch.stack(xs).sum(0))
 
 
+@pytest.mark.parametrize("merge", ["ties", "dare_ties"])
+def test_knots_trims_the_blocks_of_all_tensors_together(merge: str) -> None:
+    small, large = deltas(3, 10, 8, rank=2), [3 * x for x in deltas(3, 6, 40, 1, rank=1)]
+    biases = deltas(3, 1, 5, 2)
+    blocks, bases = [], []
+    for xs, rank in ((small, 6), (large, 3)):
+        u, s, vh = np.linalg.svd(np.concatenate([x.numpy() for x in xs], axis=1), full_matrices=False)
+        columns = xs[0].shape[1]
+        blocks.append([s[:rank, None] * vh[:rank, columns * t : columns * (t + 1)] for t in range(3)])
+        bases.append(u[:, :rank])
+    density = 1.0
+    if merge == "ties":
+        density = 0.3
+        for t in range(3):
+            sizes = np.sort(np.concatenate([np.abs(pair[t]).ravel() for pair in blocks]))
+            bound = sizes[-math.floor(density * (6 * 8 + 3 * 40))]
+            for pair in blocks:
+                pair[t] = np.where(np.abs(pair[t]) >= bound, pair[t], 0)
+    call = get("knots")(*map(Slot, range(3)), merge=merge, density=density, scope="global", **{"lambda": 0.6})
+    tensors = [small, biases, large]
+    got = evaluate(
+        call, [[x.reshape(shape) for x in xs] for xs, shape in zip(tensors, KINDS, strict=True)], compute=F64
+    )
+    for result, pair, u in zip((got[0], got[2]), blocks, bases, strict=True):
+        values = np.stack(pair)
+        agreed = values * np.sign(values.sum(axis=0)) > 0
+        merged = (values * agreed).sum(axis=0) / np.maximum(1, agreed.sum(axis=0))
+        close(result.reshape(len(u), -1), 0.6 * u @ merged, 1e-8)
+    close(got[1], 0.6 * torch.stack(biases).mean(0).reshape(5))
+    if merge == "ties":  # by itself the small tensor would keep other entries
+        assert sum((block != 0).sum() for block in blocks[0]) < math.floor(density * 48) * 3
+
+
+def test_knots_with_a_global_scope_goes_on_where_nothing_has_changed() -> None:
+    call = get("knots")(*map(Slot, range(2)), scope="global")
+    zeros = [torch.zeros(4, 3)] * 2
+    broken = [torch.full((4, 3), torch.nan), torch.ones(4, 3)]
+    empty = [torch.zeros(3, 0)] * 2
+    nothing, lost, void = evaluate(call, [zeros, broken, empty])
+    assert torch.equal(nothing, zeros[0]) and bool(lost.isnan().all()) and void.shape == (3, 0)
+
+
 def test_knots_draws_a_mask_for_every_model() -> None:
     xs = deltas(1, 30, 40) * 2
     got = run("knots", xs, merge="dare_linear", density=0.5, key=2)
@@ -397,8 +440,10 @@ def test_a_known_rank_sees_through_rounding() -> None:
         assert int(torch.linalg.matrix_rank(got)) == 4 and float((got - torch.stack(xs).sum(0)).abs().max()) < 0.1
         check = get(name).check
         assert check is not None
-        assert "needs `rank`" in (check({"svd": "randomised", "rank": None}, 2) or "")
-        assert check({"svd": "exact", "rank": None}, 2) is None and check({"svd": "randomised", "rank": 4}, 2) is None
+        rest = {"scope": "tensor", "merge": "ties"}
+        assert "needs `rank`" in (check({"svd": "randomised", "rank": None} | rest, 2) or "")
+        assert check({"svd": "exact", "rank": None} | rest, 2) is None
+        assert check({"svd": "randomised", "rank": 4} | rest, 2) is None
 
 
 def published_loss(delta: Tensor, xs: list[Tensor]) -> Tensor:

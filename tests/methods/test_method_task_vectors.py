@@ -218,7 +218,7 @@ def test_sce_cuts_equal_variances_by_index_in_any_block() -> None:
     got = run("sce", deltas, select_topk=0.25)
     assert (got != 0).tolist() == [True] * 4 + [False] * 12
     method = get("sce")
-    params = {"select_topk": 0.25}
+    params = {"select_topk": 0.25, "compat": False}
     measure = method.measure(params, 2, [16])
     while True:
         part = measure.part(0)
@@ -347,6 +347,9 @@ def test_ram_is_its_formula() -> None:
         factor = np.where(count == 1, 1 + 0.5 * min(0.9, shared / alone), 1)
         expected += d * mask * factor / np.maximum(count, 1)
     same(run("ramplus_tl", deltas, r=0.5, alpha=0.9), expected)
+    halves = [[d[:15] for d in deltas], [d[15:] for d in deltas]]
+    call = get("ramplus_tl")(*map(Slot, range(3)), r=0.5, alpha=0.9, scope="global")
+    same(torch.cat(evaluate(call, halves, compute=F64)), expected)
 
 
 def test_ram_shows_nan() -> None:

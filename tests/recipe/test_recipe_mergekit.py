@@ -25,6 +25,9 @@ from torch import Tensor
 
 from mergekit_lite import load_recipe, merge_in_memory
 from mergekit_lite.errors import RecipeError
+from mergekit_lite.methods import all_methods
+from mergekit_lite.recipe.mergekit.language import TABLE
+from mergekit_lite.recipe.read import parse
 from mergekit_lite.recipe.write import to_yaml
 
 Expect = Callable[[str], Tensor]
@@ -145,6 +148,18 @@ parameters: {density: 0.3, normalize: false, rescale: true, lambda: 0.5}
             * consensus(
                 [rescaled(largest(delta(m, name), 0.3), delta(m, name)) for m in (A, B)], [0.8, -0.4], normalize=False
             )
+        ),
+    ),
+    "ties with a negative weight, divided by signed weights": (
+        """
+models: [{model: ./a, parameters: {weight: 0.8}}, {model: ./b, parameters: {weight: -0.4}}]
+merge_method: ties
+base_model: ./base
+parameters: {density: 0.3, normalize: true}
+compat: true
+""",
+        lambda name: (
+            BASE[name] + consensus([largest(delta(m, name), 0.3) for m in (A, B)], [0.8, -0.4], normalize=True)
         ),
     ),
     "dare without dropping": (
@@ -356,3 +371,29 @@ def test_below_and_above_in_the_native_language(tmp_path: Path) -> None:
     assert torch.equal(found["lm_head.weight"], B["lm_head.weight"])
     with pytest.raises(RecipeError, match="`linear` takes no `below`"):
         merged(tmp_path / "r.yaml", f"{head}  m: {{use: linear, of: [a, b], below: a}}\n")
+
+
+def test_compat_reaches_every_method_that_has_it() -> None:
+    methods = all_methods()
+    for name, theirs in TABLE.items():
+        assert theirs.compat == (methods[theirs.use].param("compat") is not None), name
+
+
+@pytest.mark.parametrize("where", ["file", "set"])
+def test_compat_is_asked_for_in_the_file_or_beside_it(where: str) -> None:
+    text = "models: [{model: ./a}]\nmerge_method: slerp\nbase_model: ./base\nparameters: {t: 0.5}\n"
+    plain, problems = parse(text, "r.yaml", [])
+    assert plain is not None and not problems and "compat" not in to_yaml(plain)
+    asked = (text + "compat: true\n", []) if where == "file" else (text, ["compat=true"])
+    recipe, problems = parse(asked[0], "r.yaml", asked[1])
+    assert recipe is not None and not problems
+    assert recipe.steps["merged"].params["compat"].rules[0].value is True
+    assert "compat: true" in to_yaml(recipe)
+
+
+def test_of_several_documents_one_may_ask_for_compat() -> None:
+    common = "merge_method: slerp\nbase_model: ./base\nparameters: {t: 0.5}\n"
+    text = f"name: s\nmodels: [{{model: ./a}}]\ncompat: true\n{common}---\nmodels: [{{model: s}}]\n{common}"
+    recipe, problems = parse(text, "r.yaml", [])
+    assert recipe is not None and not problems
+    assert ["compat" in step.params for step in recipe.steps.values()] == [True, False]

@@ -85,6 +85,10 @@ def recipes(draw: st.DrawFn) -> Recipe:
     names = draw(st.lists(NAMES, min_size=2, max_size=7, unique=True))
     cut = draw(st.integers(0, len(names) - 1))
     models = {name: model(name, draw(LOCATIONS)) for name in names[:cut]}
+    for name in names[:cut]:
+        if draw(st.booleans()):
+            adapter, revision = split_location(draw(LOCATIONS))
+            models[name] = dataclasses.replace(models[name], adapter=adapter, adapter_revision=revision)
     in_place = draw(st.lists(LOCATIONS.filter(lambda text: "/" in text), min_size=1, max_size=2, unique=True))
     known = [*models, *in_place]
     refs = st.deferred(lambda: st.sampled_from(known).map(lambda name: Ref(name, NOWHERE)))

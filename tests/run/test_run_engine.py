@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mergekit_lite import InputError, load_recipe, merge_in_memory, plan, run
 from mergekit_lite.methods.registry import get
-from mergekit_lite.methods.whole import apply
+from mergekit_lite.methods.spec import Slot
+from mergekit_lite.methods.whole import apply, evaluate
 from mergekit_lite.run import execute
 
 
@@ -111,6 +112,19 @@ def test_two_saves_share_a_result_and_a_run(models: Path, tmp_path: Path) -> Non
     for name in SHAPES:
         assert torch.equal(half[name], base[name] + 0.5 * (a[name] - base[name]))
         assert torch.equal(whole[name], (base[name] + (a[name] - base[name])).bfloat16())
+
+
+def test_a_result_with_a_shape_of_its_own_inside_a_step(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(4)
+    shapes = {"layers.0.tall": (14, 3), "layers.0.wide": (3, 14), "layers.0.bias": (14,), "scale": ()}
+    states = {x: {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()} for x in ("o", "a", "b")}
+    text = "version: 1\nmodels: {o: ./o, a: ./a, b: ./b}\nsteps: {m: {use: knots, base: o, of: [a, b], "
+    (tmp_path / "r.yaml").write_text(text + "with: {scope: global, density: 0.4}}}\nsave: {to: out}\n")
+    ours = merge_in_memory(load_recipe(tmp_path / "r.yaml"), states)
+    inputs = [[states[x][name] - states["o"][name] for x in ("a", "b")] for name in shapes]
+    expected = evaluate(get("knots")(Slot(0), Slot(1), scope="global", density=0.4), inputs)
+    for (name, result), delta in zip(ours.items(), expected, strict=True):
+        torch.testing.assert_close(result, states["o"][name] + delta)
 
 
 def test_in_memory_gives_the_bytes_of_a_run(models: Path, tmp_path: Path) -> None:

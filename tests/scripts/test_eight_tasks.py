@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 import eight_merges
 import eight_tasks
 
-TINY = eight_tasks.Setting(width=16, train=100, validation=50, base_epochs=1, head_images=100, head_epochs=1, epochs=1)
+TINY = eight_tasks.Setting(width=16, train=100, validation=50, base_epochs=1, head_epochs=1, epochs=1)
 ROWS = eight_merges.all_rows()
 
 
@@ -66,6 +67,26 @@ def test_fisher_is_the_mean_squared_gradient(bench: eight_merges.Bench):
     found = eight_tasks.fisher(bench.models[task], head, images)
     for name, w in expected.items():
         torch.testing.assert_close(found[name], w, rtol=1e-4, atol=1e-7 * float(w.max()))
+
+
+def test_regmean_in_turn_reads_the_inputs_behind_the_merged_layers(bench: eight_merges.Bench):
+    alpha = 0.8
+    found, plain = (bench.merge(method, {"alpha": alpha}) for method in ("regmean++", "regmean"))
+    first = "encoder.layers.0.weight"
+    assert torch.equal(found[first], plain[first])  # nothing is before it
+    inputs = {t: bench.data[t].images["train"][: eight_merges.EXAMPLES].double().numpy() for t in bench.tasks}
+    for index in range(eight_tasks.LAYERS):
+        name = f"encoder.layers.{index}"
+        weights = [bench.models[t][f"{name}.weight"].double().numpy() for t in bench.tasks]
+        matrices = [inputs[t].T @ inputs[t] / len(inputs[t]) for t in bench.tasks]
+        matrices = [alpha * g + (1 - alpha) * np.diag(np.diag(g)) for g in matrices]
+        mean, total = sum(weights) / len(weights), sum(matrices)
+        right = sum(w @ g for w, g in zip(weights, matrices, strict=True))
+        merged = mean + (right - mean @ total) @ np.linalg.pinv(total, hermitian=True)
+        torch.testing.assert_close(found[f"{name}.weight"].double(), torch.from_numpy(merged), rtol=1e-4, atol=1e-5)
+        bias = np.mean([bench.models[t][f"{name}.bias"].double().numpy() for t in bench.tasks], axis=0)
+        inputs = {t: np.maximum(x @ merged.T + bias, 0) for t, x in inputs.items()}
+    assert not torch.allclose(found["encoder.layers.2.weight"], plain["encoder.layers.2.weight"], atol=1e-4)
 
 
 def test_settings_are_chosen_without_the_test_split(bench: eight_merges.Bench):

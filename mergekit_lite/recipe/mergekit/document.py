@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from mergekit_lite.errors import Mark, Problem, suggest
 from mergekit_lite.recipe.location import NAME
-from mergekit_lite.recipe.mergekit.reference import Reference, read_reference
+from mergekit_lite.recipe.mergekit.reference import Key, Reference, read_reference
 from mergekit_lite.recipe.node import Entry, ListNode, MapNode, Node, ScalarNode, describe
 
 DTYPES = ("float32", "float16", "bfloat16")
 TOP_KEYS = (
     "name", "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
-    "tokenizer_source", "tokenizer", "chat_template",
+    "tokenizer_source", "tokenizer", "chat_template", "compat",
 )  # fmt: skip
 _SLICE_KEYS = ("sources", "base_model", "residual_weight", "parameters")
 _SOURCE_KEYS = ("model", "layer_range", "parameters")
@@ -56,7 +56,8 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One merge. `dtype` is what its result is saved in; `root` its node, for what is read later. `sound` is False
+    """One merge. `dtype` is what its result is saved in; `compat`, a key of this program's, asks for mergekit's
+    numbers where the native methods decide otherwise; `root` its node, for what is read later. `sound` is False
     where parts of it could not be read."""
 
     name: str | None
@@ -66,6 +67,7 @@ class Document:
     base: Reference | None
     parameters: Parameters
     dtype: str | None
+    compat: bool
     root: MapNode
     sound: bool
 
@@ -117,11 +119,12 @@ class _Reader:
         dtype = self.dtype(root.get("dtype"), "dtype")
         out_dtype = self.dtype(root.get("out_dtype"), "out_dtype")
         name = self.name(root.get("name"))
+        compat = self.compat(root.get("compat"))
         slices = self.slices(root, base)
         if method is None or not slices:
             return None
         sound = len(self.problems) == before
-        return Document(name, method, mark, tuple(slices), base, parameters, out_dtype or dtype, root, sound)
+        return Document(name, method, mark, tuple(slices), base, parameters, out_dtype or dtype, compat, root, sound)
 
     def method(self, root: MapNode) -> tuple[str | None, Mark]:
         node = root.get("merge_method")
@@ -160,6 +163,15 @@ class _Reader:
             hint = f"weights are numbers with a fraction; {_DTYPE_HINT}"
         self.add(f"`{key}` must be a floating type, not {describe(node)}", node.mark, hint)
         return None
+
+    def compat(self, node: Node | None) -> bool:
+        value = False if node is None else node.value if isinstance(node, ScalarNode) else None
+        if isinstance(value, bool):
+            return value
+        assert node is not None
+        hint = "`true` asks for mergekit's numbers where this program decides otherwise"
+        self.add(f"`compat` is true or false, not {describe(node)}", node.mark, hint)
+        return False
 
     def parameters(self, node: MapNode) -> Parameters:
         found = node.get("parameters")
@@ -246,7 +258,7 @@ class _Reader:
         return None
 
     def twice(self, sources: list[Source]) -> None:
-        seen: set[tuple[str, str | None]] = set()
+        seen: set[Key] = set()
         for source in sources:
             if source.ref.key in seen:
                 hint = "mergekit would use one of the two only; remove the other"

@@ -32,8 +32,7 @@ class Setting:
     """One parameter of mergekit's. `to` is the native setting, None where it has none; `value` turns a value into the
     native one. `implied` is what the native method takes by itself, so that it need not be written. `unused` says why
     a parameter without a native setting changes nothing. A `share` lies above 0 and up to 1; a setting `of_step` is
-    one of an input there and of the step here. `spared` are native values for globs, which come first where the setting
-    is not at its default."""
+    one of an input there and of the step here."""
 
     name: str
     kind: Kind
@@ -45,14 +44,14 @@ class Setting:
     unused: str | None = None
     share: bool = False
     of_step: bool = False
-    spared: tuple[tuple[str, Scalar], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TheirMethod:
     """One method. `base` says what mergekit does with `base_model`: `delta` takes it out of the inputs, `first` makes
     it the first input, `input` leaves it one input among others. `low` and `high` bound the number of inputs, the base
-    included where it is `needed`. `fixed` are native settings that mergekit's habits ask for. `joined` makes one native
+    included where it is `needed`. A `lone` method copies the only input there is. The native method of one with
+    `compat` has that flag. `fixed` are native settings that mergekit's habits ask for. `joined` makes one native
     setting of several parameters."""
 
     use: str
@@ -61,6 +60,8 @@ class TheirMethod:
     needed: bool = False
     low: int = 1
     high: int | None = None
+    lone: bool = False
+    compat: bool = False
     fixed: Mapping[str, Scalar] = field(default_factory=dict)
     joined: tuple[tuple[str, ...], str, Callable[..., Scalar]] | None = None
 
@@ -108,12 +109,20 @@ _MEAN = _flag("normalize", False, "normalize", implied=False)
 _L1 = _flag("rescale", False, "match_norm", implied=False)
 _L1_DARE = _flag("rescale", True, "match_norm", implied=False)
 _DARE = {"rescale": False}  # in place of it, `match_norm`
-_VECTORS = (("*norm*", "tensor"), ("*.bias", "tensor"))  # theirs takes a vector whole
 
 
 TABLE: Mapping[str, TheirMethod] = {
     "linear": TheirMethod("linear", "input", (_weight(), _flag("normalize", True, "normalize", implied=True))),
-    "slerp": TheirMethod("slerp", "first", (Setting("t", "number", REQUIRED, to="t"),), needed=True, low=2, high=2),
+    "slerp": TheirMethod(
+        "slerp",
+        "first",
+        (Setting("t", "number", REQUIRED, to="t"),),
+        needed=True,
+        compat=True,
+        low=2,
+        high=2,
+        lone=True,
+    ),
     "passthrough": TheirMethod(
         "passthrough",
         "input",
@@ -132,6 +141,7 @@ TABLE: Mapping[str, TheirMethod] = {
             _MASK,
         ),
         needed=True,
+        compat=True,
     ),
     "ties": TheirMethod(
         "ties",
@@ -145,6 +155,7 @@ TABLE: Mapping[str, TheirMethod] = {
             _MASK,
         ),
         needed=True,
+        compat=True,
         fixed={"scope": "tensor"},
     ),
     "dare_linear": TheirMethod(
@@ -152,6 +163,7 @@ TABLE: Mapping[str, TheirMethod] = {
         "delta",
         (_weight(), _density("drop_rate", _drop_rate), _lambda(1.0), _MEAN, _L1_DARE, _MASK),
         needed=True,
+        compat=True,
         fixed=_DARE,
     ),
     "dare_ties": TheirMethod(
@@ -166,10 +178,11 @@ TABLE: Mapping[str, TheirMethod] = {
             _MASK,
         ),
         needed=True,
+        compat=True,
         fixed=_DARE,
     ),
     "breadcrumbs": TheirMethod(
-        "breadcrumbs", "delta", (_weight(), _density(), _GAMMA, _lambda(), _MEAN, _L1, _MASK), needed=True
+        "breadcrumbs", "delta", (_weight(), _density(), _GAMMA, _lambda(), _MEAN, _L1, _MASK), needed=True, compat=True
     ),
     "breadcrumbs_ties": TheirMethod(
         "breadcrumbs_ties",
@@ -184,6 +197,7 @@ TABLE: Mapping[str, TheirMethod] = {
             _MASK,
         ),
         needed=True,
+        compat=True,
     ),
     "della_linear": TheirMethod(
         "della_linear",
@@ -198,6 +212,7 @@ TABLE: Mapping[str, TheirMethod] = {
             _MASK,
         ),
         needed=True,
+        compat=True,
         fixed=_DARE,
     ),
     "della": TheirMethod(
@@ -213,6 +228,7 @@ TABLE: Mapping[str, TheirMethod] = {
             _MASK,
         ),
         needed=True,
+        compat=True,
         fixed=_DARE,
     ),
     "nuslerp": TheirMethod(
@@ -221,6 +237,8 @@ TABLE: Mapping[str, TheirMethod] = {
         (_weight(), Setting("nuslerp_flatten", "flag", True), Setting("nuslerp_row_wise", "flag", False)),
         low=2,
         high=2,
+        lone=True,
+        compat=True,
         joined=(("nuslerp_flatten", "nuslerp_row_wise"), "mode", _nuslerp_mode),
     ),
     "multislerp": TheirMethod(
@@ -231,7 +249,7 @@ TABLE: Mapping[str, TheirMethod] = {
             _flag("normalize_weights", True, "normalize_weights", implied=True),
             Setting("eps", "number", 1e-8, to="eps", implied=1e-8),
         ),
-        low=2,
+        lone=True,
         fixed={"log_map": False},
     ),
     "karcher": TheirMethod(
@@ -241,12 +259,14 @@ TABLE: Mapping[str, TheirMethod] = {
             Setting("max_iter", "integer", 10, to="max_iter", implied=10),
             Setting("tol", "number", 1e-5, to="tol", implied=1e-5),
         ),
+        lone=True,
     ),
     "sce": TheirMethod(
         "sce",
         "delta",
         (Setting("select_topk", "number", 1.0, to="select_topk", implied=1.0, share=True), _MASK),
         needed=True,
+        compat=True,
     ),
     "ram": TheirMethod("ram", "delta", (Setting("epsilon", "number", 1e-5, to="epsilon", implied=1e-5),), needed=True),
     "ramplus_tl": TheirMethod(
@@ -262,7 +282,7 @@ TABLE: Mapping[str, TheirMethod] = {
     "model_stock": TheirMethod(
         "model_stock",
         "delta",
-        (Setting("filter_wise", "flag", False, to="granularity", value=_rows, implied="tensor", spared=_VECTORS),),
+        (Setting("filter_wise", "flag", False, to="granularity", value=_rows, implied="tensor"),),
         needed=True,
         low=3,
         fixed={"clamp": False},
@@ -270,5 +290,5 @@ TABLE: Mapping[str, TheirMethod] = {
     "nearswap": TheirMethod(
         "nearswap", "delta", (Setting("t", "number", REQUIRED, to="t"),), needed=True, low=2, high=2
     ),
-    "arcee_fusion": TheirMethod("arcee_fusion", "first", (), needed=True, low=2, high=2),
+    "arcee_fusion": TheirMethod("arcee_fusion", "first", (), needed=True, low=2, high=2, lone=True),
 }

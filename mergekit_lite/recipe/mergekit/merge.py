@@ -69,15 +69,28 @@ class MergeReader:
         return base if base is not None and listed else part.sources[0].ref
 
     def alone(self, part: Slice) -> Source | None:
-        """The only source of a slice that copies its layers as they are."""
-        if self.method.use != "passthrough" or len(part.sources) != 1:
+        """The only source of a slice whose layers are copied as they are: methods that need two models leave one alone,
+        and methods on changes from a base leave the base alone."""
+        if len(part.sources) != 1:
             return None
-        scale = self.value(self.method.settings[0], part, part.sources[0], Span())
-        return part.sources[0] if scale is None or _is(scale, 1.0) else None
+        (source,) = part.sources
+        if self.method.use == "passthrough":
+            scale = self.value(self.method.settings[0], part, source, Span())
+            return source if scale is None or _is(scale, 1.0) else None
+        base = self.base(part)
+        own = base is not None and source.ref.key == base.key
+        on_changes = self.method.needed and self.method.base == "delta"
+        return source if self.method.lone or (on_changes and own) else None
 
     def step(self, name: str, part: Slice, span: Span, cut: Callable[[Source], Ref]) -> Step | None:
         """The step that merges a slice, `cut` giving its inputs; None where it is at fault."""
-        if not self.document.sound or not self.fits(part):
+        if not self.document.sound:
+            return None
+        if self.method.lone and not self.method.needed and len(part.sources) == 1:
+            mark = self.document.mark
+            self.read.note(f"`{self.document.method}` has one model, which is copied", mark, "list the models meant")
+            return Step(name, "passthrough", (Input(cut(part.sources[0]), {}),), None, {}, mark, mark)
+        if not self.fits(part):
             return None
         base, others = self.base(part), list(part.sources)
         own = next((source for source in others if base is not None and source.ref.key == base.key), None)
@@ -146,6 +159,8 @@ class MergeReader:
                     given[setting.to] = value
                 elif setting.default is not None and not self.faulty(setting, part, source):
                     self.lacks(setting, source)
+        if self.document.compat and self.method.compat:
+            params["compat"] = Value.plain(True, self.document.mark)
         if self.method.joined is not None:
             params |= self.joined(part, *self.method.joined)
         return params, beside

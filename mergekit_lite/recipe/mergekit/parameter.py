@@ -77,9 +77,6 @@ class Parameters:
             rules.append(Rule(None, setting.implied, first.value.mark if first else mark))
         if not rules:
             return None
-        if setting.spared and isinstance(default, bool) and any(r.value != setting.value(default) for r in rules):
-            place = first.value.mark if first else mark
-            rules = [Rule(glob, value, place) for glob, value in setting.spared] + rules
         return Value(_reachable(rules), first.value.mark if first else mark, first.mark if first else None)
 
     def written(self, setting: Setting, entry: Entry) -> list[Written]:
@@ -216,9 +213,11 @@ class Parameters:
         text = written.filter
         assert text is not None
         numbers = [m for m in _NUMBER.finditer(text) if not text[: m.start()].endswith("experts.")]
-        if not numbers or span.shift == 0:
+        if not numbers or (span.shift == 0 and span.count is None):
             return text
         only = numbers[0]
+        if span.shift == 0 and (len(numbers) > 1 or only.start() == 0 or only.end() == len(text)):
+            return text
         if len(numbers) > 1 or only.start() == 0 or only.end() == len(text):
             message = f"`filter: {text}` holds a layer's number, which is another one inside this slice"
             self.tell(message, written.mark, "write the number between dots, for example `layers.20.`")

@@ -17,7 +17,7 @@ from mergekit_lite.recipe.mergekit.document import Document, Slice, Source, read
 from mergekit_lite.recipe.mergekit.language import TABLE
 from mergekit_lite.recipe.mergekit.merge import MergeReader
 from mergekit_lite.recipe.mergekit.parameter import Span
-from mergekit_lite.recipe.mergekit.reference import Reference
+from mergekit_lite.recipe.mergekit.reference import Key, Reference
 from mergekit_lite.recipe.mergekit.vocabulary import read_tokenizer, unsupported
 from mergekit_lite.recipe.model import Input, Model, Recipe, Ref, Save, Step, Tokenizer
 from mergekit_lite.recipe.node import Node
@@ -76,7 +76,7 @@ class _Maker:
         self.tokenizer: Tokenizer | None = None
         self._stages: set[str] = set()
         self._taken: set[str] = set()
-        self._names: dict[tuple[str, str | None], str] = {}
+        self._names: dict[Key, str] = {}
         self._cuts: dict[tuple[str, tuple[int, int]], str] = {}
 
     def make(self, documents: Sequence[Document]) -> Document | None:
@@ -179,14 +179,21 @@ class _Maker:
 
     def ref(self, reference: Reference) -> Ref:
         """The native name of a checkpoint, or of the merge of this name."""
+        mark = reference.mark
         if reference.revision is None and reference.path in self._stages:
-            return Ref(reference.path, reference.mark)
+            if reference.lora is not None:
+                hint = "name a checkpoint, or merge the model that this adapter belongs to"
+                problem = Problem(f"`{reference.path}` is the merge of this name, which takes no adapter", mark, hint)
+                self.problems += [] if problem in self.problems else [problem]
+            return Ref(reference.path, mark)
         name = self._names.get(reference.key)
         if name is None:
-            last = re.sub(r"[^A-Za-z0-9_.-]+", "_", reference.path.rstrip("/").rpartition("/")[2]).lstrip(".-")
+            parts = [part.rstrip("/").rpartition("/")[2] for part in (reference.path, reference.lora or "")]
+            last = re.sub(r"[^A-Za-z0-9_.-]+", "_", "_".join(filter(None, parts))).lstrip(".-")
             name = self._names[reference.key] = self.name(last or "model")
-            self.models[name] = Model(name, reference.path, reference.revision, reference.mark)
-        return Ref(name, reference.mark)
+            place = (reference.path, reference.revision)
+            self.models[name] = Model(name, *place, mark, reference.lora, reference.lora_revision)
+        return Ref(name, mark)
 
     def name(self, wanted: str) -> str:
         """`wanted`, or that with a number behind it where it is taken."""

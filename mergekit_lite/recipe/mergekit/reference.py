@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mergekit_lite.errors import Mark, Problem, suggest
 from mergekit_lite.recipe.location import split_location
 from mergekit_lite.recipe.node import MapNode, Node, ScalarNode, describe
 
 _EXAMPLE = "for example `org/name`, `org/name@revision` or `./folder`"
-_NO_ADAPTERS = "merge the adapter into its base first and save that: peft's `merge_and_unload()`, `save_pretrained()`"
+
+Key = tuple[str, "str | None", "str | None", "str | None"]
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A mention of a checkpoint, or of another document by its name. `mark` takes no part in comparisons by `key`."""
+    """A mention of a checkpoint, with or without an adapter, or of another document by its name. `mark` takes no part
+    in comparisons by `key`."""
 
     path: str
     revision: str | None
     mark: Mark
+    lora: str | None = None
+    lora_revision: str | None = None
 
     @property
-    def key(self) -> tuple[str, str | None]:
-        return self.path, self.revision
+    def key(self) -> Key:
+        return self.path, self.revision, self.lora, self.lora_revision
 
 
 def read_reference(node: Node, what: str, problems: list[Problem]) -> Reference | None:
@@ -33,11 +37,22 @@ def read_reference(node: Node, what: str, problems: list[Problem]) -> Reference 
     if not isinstance(value, str) or not value.strip():
         problems.append(Problem(f"{what} must name a model, not {describe(node)}", node.mark, _EXAMPLE))
         return None
-    path, plus, _ = value.partition("+")
-    if plus:
-        problems.append(Problem(f"adapters are not supported yet: `{value}`", node.mark, _NO_ADAPTERS))
+    path, plus, lora = value.partition("+")
+    if plus and (not path.strip() or not lora.strip() or "+" in lora):
+        message = f"`{value}` is not a model and an adapter"
+        problems.append(Problem(message, node.mark, "write `MODEL+ADAPTER`, with one `+` and nothing around it"))
         return None
-    return _reference(*split_location(path), node.mark, problems)
+    found = _reference(*split_location(path), node.mark, problems)
+    if not plus or found is None:
+        return found
+    return _with(found, _reference(*split_location(lora), node.mark, problems))
+
+
+def _with(found: Reference | None, lora: Reference | None) -> Reference | None:
+    """The checkpoint with an adapter."""
+    if found is None or lora is None:
+        return None
+    return replace(found, lora=lora.path, lora_revision=lora.revision)
 
 
 def _mapping(node: MapNode, what: str, problems: list[Problem]) -> Reference | None:
@@ -50,11 +65,24 @@ def _mapping(node: MapNode, what: str, problems: list[Problem]) -> Reference | N
             if key not in ("model", "lora", "override_architecture"):
                 hint = suggest(key, ("model", "lora", "override_architecture"))
                 problems.append(Problem(f"a model reference has no key `{key}`", entry.mark, hint))
+        found = _path(inner, what, problems) if isinstance(inner, MapNode) else read_reference(inner, what, problems)
         lora = node.get("lora")
         if lora is not None and not (isinstance(lora, ScalarNode) and lora.value is None):
-            problems.append(Problem("adapters are not supported yet", node.entries["lora"].mark, _NO_ADAPTERS))
-            return None
-        found = _path(inner, what, problems) if isinstance(inner, MapNode) else read_reference(inner, what, problems)
+            if found is not None and found.lora is not None:
+                message = "the model has an adapter already"
+                problems.append(Problem(message, node.entries["lora"].mark, "name one adapter"))
+                return None
+            inside = _path(lora, "`lora`", problems) if isinstance(lora, MapNode) else _plain(lora, "`lora`", problems)
+            return _with(found, inside)
+    return found
+
+
+def _plain(node: Node, what: str, problems: list[Problem]) -> Reference | None:
+    """`path[@revision]` in a place where no adapter can be named."""
+    found = read_reference(node, what, problems)
+    if found is not None and found.lora is not None:
+        problems.append(Problem(f"{what} names two adapters", node.mark, "merge them as two models instead"))
+        return None
     return found
 
 
