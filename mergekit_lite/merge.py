@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run did. `shards` gives the SHA-256 of every shard by output folder and file name; `nonfinite` and
+    """What a run did. `shards` gives the BLAKE3 digest of every shard by output folder and file name; `nonfinite` and
     `overflow` count numbers by tensor; `changed` names the shards whose bytes differ from the recipe's lock."""
 
     outputs: tuple[str, ...]
@@ -138,27 +138,32 @@ def run(
     from mergekit_lite.checkpoint.reader import Reader
     from mergekit_lite.plan.lock import changed_inputs, changed_outputs, lock_text
     from mergekit_lite.plan.order import BLOCK
-    from mergekit_lite.run.execute import Options, execute
-    from mergekit_lite.run.finish import complete, input_files, sha256_files, shard_digests
+    from mergekit_lite.run.digest import Digests, file_digests
+    from mergekit_lite.run.finish import complete, input_files, shard_digests, wanted_parts
     from mergekit_lite.run.start import check_tied, interruptible, open_run
 
     began = time.perf_counter()
     count = threads or default_threads()
-    inputs: dict[str, str] = {}
-    options = Options(count, block or BLOCK, strict, progress)
+    files = input_files(plan)
     with interruptible(plan), Reader(s for c in plan.checkpoints.values() for s in c.shards) as reader:
         reader.check()
         if plan.recipe.lock is not None:
-            inputs = sha256_files(input_files(plan), count)
-            problems = changed_inputs(plan.recipe, plan, inputs)
+            problems = changed_inputs(plan.recipe, plan, file_digests(files, count))
             if problems:
                 raise RecipeError(problems)
         check_tied(plan, reader)
-        with open_run(plan, resume) as (sink, journal, done):
-            findings = execute(plan, reader, sink, journal, done, options)
+        with open_run(plan, resume) as (sink, journal, done), Digests(wanted_parts(plan), map(str, files)) as digests:
+            # Only now, so that the digests are under way while torch is imported.
+            from mergekit_lite.run.execute import Options, execute
+
+            def tell(now: Progress) -> None:
+                digests.advance(now.read)
+                progress(now)
+
+            findings = execute(plan, reader, sink, journal, done, Options(count, block or BLOCK, strict, tell))
             sink.sync()
             shards = shard_digests(plan, count)
-            inputs = inputs or sha256_files(input_files(plan), count)
+            inputs = digests.result(count)
             reader.check()  # so that the lock speaks of the files that were merged
             complete(plan, lock_text(plan, inputs, shards))
     return Result(

@@ -20,7 +20,7 @@ ORDER = [
     {"run"},
     {"plan"},
     {"recipe", "methods", "family", "checkpoint"},
-    {"errors"},
+    {"errors", "lazy"},
 ]
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 CUDA_HOME, ACCELERATE_HOME = "run/device.py", "run/ranks.py"

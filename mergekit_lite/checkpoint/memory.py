@@ -30,11 +30,10 @@ class MemoryReader:
     def __init__(self, models: Mapping[str, Mapping[str, Tensor]]):
         self._models = models
 
-    def read(self, meta: TensorMeta, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a tensor, flat, in its dtype, on the CPU."""
-        return self._models[meta.file][meta.name].detach().reshape(-1)[start:stop].cpu()
-
     def read_bytes(self, meta: TensorMeta, start: int, stop: int, buffer: memoryview) -> None:
         """Stored bytes [start, stop) of a tensor into `buffer`."""
-        values = self._models[meta.file][meta.name].detach().reshape(-1).cpu().contiguous().view(torch.uint8)
-        buffer[:] = values[start:stop].numpy().data
+        flat = self._models[meta.file][meta.name].detach().reshape(-1)
+        size = flat.element_size()
+        first = start // size
+        values = flat[first : -(-stop // size)].cpu().contiguous().view(torch.uint8)
+        buffer[:] = values[start - first * size : stop - first * size].numpy().data

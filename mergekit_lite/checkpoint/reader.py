@@ -15,15 +15,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 
-import torch
-
-from mergekit_lite.checkpoint.meta import DTYPE_NAMES, ShardFile, TensorMeta
+from mergekit_lite.checkpoint.meta import ShardFile, TensorMeta
 from mergekit_lite.errors import InputError
+from mergekit_lite.lazy import torch
 
-# safetensors dtype code -> torch dtype, for those that this version of torch has. Sub-byte dtypes are read as bytes.
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    code: getattr(torch, name) for code, name in DTYPE_NAMES.items() if hasattr(torch, name)
-}
 MAX_OPEN_FILES = 64
 _MAX_READ = 2**30  # Linux reads 2 GiB less a page at most in one call, macOS refuses more than 2 GiB
 
@@ -72,6 +67,9 @@ class Reader:
         `out`, where given, is a contiguous CPU tensor of that dtype and of `stop - start` elements; it is filled and
         returned. Raises InputError where the file changed or cannot be read.
         """
+        # Copies need no torch, and its import takes longer than many of them.
+        from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
+
         dtype = TORCH_DTYPES[meta.dtype]
         if not 0 <= start <= stop <= meta.numel:
             raise ValueError(f"elements [{start}, {stop}) of a tensor of {meta.numel}")

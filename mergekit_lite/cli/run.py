@@ -90,7 +90,7 @@ def as_json(plan: Plan, result: Result, warnings: list[Problem]) -> dict[str, An
                 "bytes": output.nbytes,
                 "lock": str(Path(output.to) / "recipe.lock.yaml"),
                 "shards": [
-                    {"file": s.file, "bytes": s.nbytes, "sha256": result.shards[output.to][s.file]}
+                    {"file": s.file, "bytes": s.nbytes, "blake3": result.shards[output.to][s.file]}
                     for s in output.shards
                 ],
             }

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.derived import Derived
 from mergekit_lite.methods.gram import fold
 from mergekit_lite.methods.measure import Part

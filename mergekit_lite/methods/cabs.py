@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
+from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.keys import keys_of
 from mergekit_lite.methods.linear import weighted_sum
+from mergekit_lite.methods.mask import masked
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.select import keep_count
 from mergekit_lite.methods.spec import Param, Params
@@ -71,5 +70,5 @@ def cabs(xs: Sequence[Tensor], weight: Sequence[float], n: int, m: int, lambda_:
                 mask[:, start:stop] = chosen.reshape(len(x), stop - start)
         mask &= keys > 0
         free &= ~mask
-        kept.append(torch.where(mask, x, 0.0))
+        kept.append(masked(x, mask))
     return weighted_sum(kept, [w * lambda_ for w in weight])

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.compat import COMPAT
 from mergekit_lite.methods.dare import AGGREGATE, LAMBDA, VOTE, ZERO_SIGN
 from mergekit_lite.methods.elect import elect
-from mergekit_lite.methods.keys import keys_of
+from mergekit_lite.methods.keys import by_rank, keys_of
 from mergekit_lite.methods.linear import linear
+from mergekit_lite.methods.mask import masked
 from mergekit_lite.methods.match_norm import MATCH, matched
 from mergekit_lite.methods.random import uniform_words
 from mergekit_lite.methods.registry import method
@@ -96,17 +96,17 @@ def magprune(xs: Sequence[Tensor], density: float, epsilon: float, rescale: bool
     x = xs[0].contiguous()
     rows, length = x.shape
     chances = np.array(probabilities(length, density, epsilon))
-    order = np.argsort(-keys_of(x), axis=1, kind="stable")
+    order = by_rank(keys_of(x))
     # Every entry's chance, in units of 2**-32.
-    bounds = np.empty((rows, length), dtype=np.uint64)
-    np.put_along_axis(bounds, order, np.rint(chances * 2**32).astype(np.uint64)[None, :], axis=1)
-    words = uniform_words(block.key, block.start, rows * length).reshape(rows, length)
-    kept = torch.where(torch.from_numpy(words < bounds).to(x.device), x, 0.0)
+    bounds = np.empty(rows * length, dtype=np.uint64)
+    bounds[order] = np.rint(chances * 2**32).astype(np.uint64)
+    mask = uniform_words(block.key, block.start, rows * length) < bounds
+    kept = masked(x, torch.from_numpy(mask.reshape(rows, length)).to(x.device))
     if not rescale:
         return kept
-    factors = np.empty((rows, length), dtype=np.float64)
-    np.put_along_axis(factors, order, chances[None, :], axis=1)
-    return kept.div_(torch.from_numpy(factors).to(kept))
+    factors = np.empty(rows * length)
+    factors[order] = chances
+    return kept.div_(torch.from_numpy(factors.reshape(rows, length)).to(kept))
 
 
 def _dropped(

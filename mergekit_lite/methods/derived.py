@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from mergekit_lite.methods.gram import FOLDED, exact_sum, fold
+from mergekit_lite.lazy import Tensor, torch
+from mergekit_lite.methods.gram import exact_sum, total
 from mergekit_lite.methods.measure import Part
 
 # From a tensor's number, the inputs' blocks and the flat index of their first element: blocks to look at instead.
@@ -25,7 +23,7 @@ class _SumPart:
 
     def add(self, xs: Sequence[Tensor], start: int) -> bool:
         for i, block in enumerate(self._view(self._tensor, xs, start)):
-            self.sums[i] += exact_sum(fold(block.to(torch.float64, copy=True), FOLDED).tolist())
+            self.sums[i] += total(block.to(torch.float64))
         return False
 
 

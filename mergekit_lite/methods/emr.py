@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
+from mergekit_lite.lazy import Tensor
 from mergekit_lite.methods.derived import Sums
+from mergekit_lite.methods.mask import masked
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.spec import Param, Params, Reach
 
 
-def masked(task: Tensor, unified: Tensor) -> Tensor:
+def agreeing(task: Tensor, unified: Tensor) -> Tensor:
     """The entries of the unified vector that have the sign of the task's own change."""
-    return torch.where(task.sign() * unified.sign() > 0, unified, 0.0)
+    return masked(unified, task.sign() * unified.sign() > 0)
 
 
 def _reach(params: Params) -> Reach:
@@ -22,7 +21,7 @@ def _reach(params: Params) -> Reach:
 
 
 def _measure(params: Params, inputs: int, numels: Sequence[int]) -> Sums:
-    return Sums(2, lambda _, xs, start: [xs[0].abs(), masked(xs[0], xs[1]).abs()])
+    return Sums(2, lambda _, xs, start: [xs[0].abs(), agreeing(xs[0], xs[1]).abs()])
 
 
 @method(
@@ -53,4 +52,4 @@ def emr(xs: Sequence[Tensor], scope: str, stat: tuple[float, float] | None = Non
     """
     assert stat is not None
     own, kept = stat
-    return masked(xs[0], xs[1]).mul_(own / kept if kept else 0.0)
+    return agreeing(xs[0], xs[1]).mul_(own / kept if kept else 0.0)

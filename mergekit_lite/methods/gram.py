@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.delta import add
 from mergekit_lite.methods.linear import weighted_sum
 
 Matrix = tuple[tuple[float, ...], ...]
 
-FOLDED = 256  # numbers that are left to an exact sum
+COLUMNS = 256  # running sums that are formed side by side, and then added up exactly
 
 
 def fold(values: Tensor, width: int) -> Tensor:
@@ -39,13 +39,33 @@ def exact_sum(values: Sequence[float]) -> float:
         return sum(values)
 
 
+def total(values: Tensor) -> float:
+    """The sum of a float64 block: `COLUMNS` running sums side by side, in the order of the elements, then their exact
+    sum. The same bits on every machine."""
+    flat = values.reshape(-1).cpu().numpy()
+    whole = len(flat) - len(flat) % COLUMNS
+    columns = np.add.reduce(flat[:whole].reshape(-1, COLUMNS), axis=0)
+    columns[: len(flat) - whole] += flat[whole:]
+    return exact_sum(columns.tolist())
+
+
+def inner(a: Tensor, b: Tensor) -> float:
+    """The inner product of two float64 blocks of one size, summed as `total` does. Products of numbers that came from
+    float32 are exact."""
+    x, y = a.reshape(-1).cpu().numpy(), b.reshape(-1).cpu().numpy()
+    whole = len(x) - len(x) % COLUMNS
+    # One pass without a block of products in between.
+    columns = np.einsum("ij,ij->j", x[:whole].reshape(-1, COLUMNS), y[:whole].reshape(-1, COLUMNS))
+    columns[: len(x) - whole] += x[whole:] * y[whole:]
+    return exact_sum(columns.tolist())
+
+
 class _GramPart:
     def __init__(self, inputs: int, origin: int | None):
         self.sums = [[0.0] * inputs for _ in range(inputs)]
         self._origin = origin
 
     def add(self, xs: Sequence[Tensor], start: int) -> bool:
-        # The product of two float32 numbers is exact in float64.
         wide = [x.to(torch.float64) for x in xs]
         if self._origin is not None:
             origin = wide[self._origin]
@@ -53,7 +73,7 @@ class _GramPart:
         for i, a in enumerate(wide):
             for j, b in enumerate(wide[: i + 1]):
                 if self._origin not in (i, j):
-                    self.sums[i][j] += exact_sum(fold(a * b, FOLDED).tolist())
+                    self.sums[i][j] += inner(a, b)
         return False
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
+from mergekit_lite.lazy import Tensor
 from mergekit_lite.methods.linear import weighted_sum
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.spec import REQUIRED, Param, Params

@@ -7,23 +7,37 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+from mergekit_lite.lazy import Tensor, torch
 
 Keys = NDArray[np.signedinteger]
 
-# By item size: the integer type of the bits, the mask that clears the sign, and the key that stands for every NaN, the
-# first one above infinity.
-_BITS = {4: (torch.int32, 0x7FFF_FFFF, 0x7F80_0001), 8: (torch.int64, 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0001)}
+# By item size: the mask that clears the sign's bit, and the key that stands for every NaN, the first above infinity.
+_BITS = {4: (0x7FFF_FFFF, 0x7F80_0001), 8: (0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0001)}
 _FLOATS = {4: np.float32, 8: np.float64}
 
 
 def keys_of(x: Tensor) -> Keys:
     """The keys of a float32 or float64 tensor: the bits of |x| as int32 or int64, ordered as |x|, NaN at the top."""
-    integer, mask, _ = _BITS[x.itemsize]
-    keys: Keys = x.view(integer).bitwise_and(mask).cpu().numpy()
+    integer = torch.int32 if x.itemsize == 4 else torch.int64
+    keys: Keys = x.view(integer).bitwise_and(_BITS[x.itemsize][0]).cpu().numpy()
     return keys
+
+
+def by_rank(keys: Keys) -> NDArray[np.int64]:
+    """Where the keys of every row of a (rows, length) array stand, as flat indices: those of a row from the largest key
+    to the smallest, of equal ones the first first."""
+    rows, length = keys.shape
+    if keys.itemsize == 4:
+        # Numbers that carry their index along sort faster than indices. The complement puts the largest first.
+        carried = (~keys.astype(np.int64) << 32) | np.arange(length)
+        carried.sort(axis=1)
+        order = carried & 0xFFFFFFFF
+    else:
+        order = np.argsort(-keys, axis=1, kind="stable")
+    order += (np.arange(rows) * length)[:, None]
+    return order
 
 
 def key_value(key: int, dtype: np.dtype[np.signedinteger]) -> float:
@@ -38,7 +52,7 @@ def matching(keys: Keys, key: int) -> NDArray[np.bool_]:
 
 
 def _top(dtype: np.dtype[np.signedinteger]) -> int:
-    return _BITS[dtype.itemsize][2]
+    return _BITS[dtype.itemsize][1]
 
 
 class Tally(NamedTuple):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
+from mergekit_lite.lazy import Tensor
 from mergekit_lite.methods.elect import elect
 from mergekit_lite.methods.linear import linear, weighted_sum
 from mergekit_lite.methods.random import derive_key

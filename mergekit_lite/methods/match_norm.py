@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from mergekit_lite.methods.gram import FOLDED, fold
+from mergekit_lite.lazy import Tensor, torch
+from mergekit_lite.methods.gram import total
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.spec import Call, Param, Params, Slot
 
@@ -21,7 +19,7 @@ class _NormPart:
 
     def add(self, xs: Sequence[Tensor], start: int) -> bool:
         for i, x in enumerate(xs):
-            self.sums[i] += math.fsum(fold(x.abs().to(torch.float64), FOLDED).tolist())
+            self.sums[i] += total(x.abs().to(torch.float64))
         return False
 
 

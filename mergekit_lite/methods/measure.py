@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from torch import Tensor
+from mergekit_lite.lazy import Tensor
 
 
 class Part(Protocol):

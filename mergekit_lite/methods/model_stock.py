@@ -6,9 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
+from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.gram import Gram, Matrix, fold
 from mergekit_lite.methods.linear import weighted_sum
 from mergekit_lite.methods.registry import method

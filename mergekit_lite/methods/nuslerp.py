@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
+from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.compat import COMPAT, NO_PLACE
 from mergekit_lite.methods.delta import add
 from mergekit_lite.methods.gram import Gram, Matrix, fold, from_base

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
+from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.derived import Sums
+from mergekit_lite.methods.mask import masked
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.spec import Param, Params, Reach
 
@@ -30,7 +29,7 @@ def _merge(xs: Sequence[Tensor], epsilon: float, boost: Sequence[float]) -> Tens
     alone = count == 1
     result = torch.zeros_like(count)
     for x, mask, factor in zip(xs, masks, boost, strict=True):
-        changed = torch.where(mask, x, 0.0)
+        changed = masked(x, mask)
         result.add_(changed if factor == 1 else torch.where(alone, changed * factor, changed))
     return result.div_(count.clamp_(min=1))
 

@@ -6,9 +6,9 @@ import hashlib
 import json
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+from mergekit_lite.lazy import Tensor, torch
 
 
 def derive_key(*parts: str | int) -> int:
@@ -24,20 +24,32 @@ def uniform_words(key: int, start: int, n: int) -> NDArray[np.uint32]:
     Word i is half i % 2 (0: the low one) of number i // 2 of the generator Philox4x64-10 with this key, whose every
     counter value gives four 64-bit numbers. NumPy promises that this stream stays as it is.
     """
-    first, last = start // 2, (start + n + 1) // 2
-    counter, skip = divmod(first, 4)
-    # Only `key` and `counter` define the stream; the generator is used for this block alone.
-    wide = np.random.Philox(key=key, counter=counter).random_raw(skip + last - first)[skip:]
-    words: NDArray[np.uint32] = wide.astype("<u8", copy=False).view("<u4")
+    words: NDArray[np.uint32] = _stream(key, start // 2, (start + n + 1) // 2).view("<u4")
     return words[start % 2 : start % 2 + n]
 
 
 def keep_mask(key: int, start: int, n: int, density: float) -> Tensor:
     """Which of the elements `start` to `start` + `n` - 1 are kept, each by itself with probability `density`.
 
-    A bool tensor of `n` entries on the CPU. The probability is rounded to a multiple of 2**-32.
+    A bool tensor of `n` entries on the CPU. The probability is rounded to a multiple of 2**-32. An element's number has
+    its upper 16 bits from the stream of `key` (quarter i % 4 of number i // 4, the lowest first); the lower ones decide
+    once in 65536 times, and are word i of the stream of `key` + 1.
     """
     bound = round(density * 2**32)
     if bound >= 2**32:
         return torch.ones(n, dtype=torch.bool)
-    return torch.from_numpy(uniform_words(key, start, n) < np.uint32(bound))
+    upper, lower = divmod(bound, 2**16)
+    halves = _stream(key, start // 4, (start + n + 3) // 4).view("<u2")[start % 4 :][:n]
+    kept = halves < np.uint16(upper)
+    if lower:
+        for place in np.flatnonzero(halves == np.uint16(upper)).tolist():
+            kept[place] = int(uniform_words((key + 1) % 2**64, start + place, 1)[0]) >> 16 < lower
+    return torch.from_numpy(kept)
+
+
+def _stream(key: int, first: int, last: int) -> NDArray[np.uint64]:
+    """The 64-bit numbers `first` to `last` - 1 that the generator makes from `key`."""
+    counter, skip = divmod(first, 4)
+    # Only `key` and `counter` define the stream; the generator is used for this block alone.
+    wide = np.random.Philox(key=key, counter=counter).random_raw(skip + last - first)[skip:]
+    return wide.astype("<u8", copy=False)

@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.compat import COMPAT, NO_ENERGY, NO_SHARE
 from mergekit_lite.methods.derived import AnyMeasure, Derived, Staged, Sums
 from mergekit_lite.methods.linear import weighted_sum
+from mergekit_lite.methods.mask import masked
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.select import Bound, OrderStatistics, keep_count
 from mergekit_lite.methods.sparsify import largest
@@ -32,7 +31,7 @@ def select(xs: Sequence[Tensor], bound: Bound | None, start: int) -> list[Tensor
     if bound is None:
         return list(xs)
     mask = largest(variance(xs), bound, start) != 0
-    return [torch.where(mask, x, 0.0) for x in xs]
+    return [masked(x, mask) for x in xs]
 
 
 def _measure(params: Params, inputs: int, numels: Sequence[int]) -> Staged:

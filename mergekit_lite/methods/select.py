@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch import Tensor
 
+from mergekit_lite.lazy import Tensor
 from mergekit_lite.methods.keys import Estimate, Keys, Tally, Window, key_value, keys_of, matching
 
 LIMIT = 1 << 19  # keys gathered in a window, and its bins, at most

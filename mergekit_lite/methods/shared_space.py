@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.derived import AnyMeasure, Staged, Sums
 from mergekit_lite.methods.random import derive_key
 from mergekit_lite.methods.registry import method

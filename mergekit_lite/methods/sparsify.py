@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.compat import COMPAT
 from mergekit_lite.methods.keys import keys_of
+from mergekit_lite.methods.mask import masked
 from mergekit_lite.methods.random import keep_mask
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.select import Bound, OrderStatistics, drop_count, keep_count
@@ -116,7 +116,7 @@ def _rows(x: Tensor, top: int, last: int) -> Tensor:
     mask = _row_top(keys, last)
     if top:
         mask &= ~_row_top(keys, top)
-    return torch.where(mask.to(x.device), x, 0.0)
+    return masked(x, mask.to(x.device))
 
 
 def _row_top(keys: Tensor, k: int) -> Tensor:
@@ -194,7 +194,7 @@ def sparsify(
     x = xs[0]
     if keep == "random":
         mask = keep_mask(block.key, block.start, len(x), density).to(x.device)
-        result = torch.where(mask, x, 0.0)
+        result = masked(x, mask)
     elif scope == "row":
         top, last = kept_ranks(
             x.shape[1], keep, density, gamma, remove_first=remove_first, by_row=True, threshold=False, compat=compat
@@ -204,5 +204,5 @@ def sparsify(
         assert stat is not None
         result = largest(x, stat[0], block.start)
         if len(stat) > 1:
-            result = torch.where(largest(x, stat[1], block.start) == 0, result, 0.0)
+            result = masked(result, largest(x, stat[1], block.start) == 0)
     return result * (1 / density) if rescale and density < 1 else result

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.random import derive_key, uniform_words
 from mergekit_lite.methods.spec import Param
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from torch import Tensor
-
+from mergekit_lite.lazy import Tensor
 from mergekit_lite.methods.gram import Gram, Matrix, from_base, product
 from mergekit_lite.methods.linear import sole
 from mergekit_lite.methods.registry import method

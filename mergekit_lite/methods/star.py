@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
+from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.random import derive_key
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.select import keep_count

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
+from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.linear import linear
+from mergekit_lite.methods.mask import masked
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.spec import REQUIRED, Call, Param, Params, Slot
 from mergekit_lite.methods.ties import ties
@@ -40,7 +39,7 @@ def tall_masks(xs: Sequence[Tensor], threshold: float, output: str) -> Tensor:
     """
     task, multi = xs
     used = task.abs() > (multi - task).abs_().mul_(threshold)
-    return used.to(task) if output == "mask" else torch.where(used, multi, 0.0)
+    return used.to(task) if output == "mask" else masked(multi, used)
 
 
 @method(
@@ -65,7 +64,7 @@ def keep_shared(xs: Sequence[Tensor], k: int) -> Tensor:
     count = torch.zeros_like(xs[0])
     for mask in xs[1:]:
         count.add_(mask != 0)
-    return torch.where(count >= k, xs[0], 0.0)
+    return masked(xs[0], count >= k)
 
 
 def _remark(params: Params, inputs: int) -> str | None:

@@ -6,9 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.measure import Measure
 from mergekit_lite.methods.random import derive_key
 from mergekit_lite.methods.spec import Block, Call, Method, Slot, keywords
@@ -22,14 +20,15 @@ def apply(
     params: dict[str, Any],
     *,
     key: int = 0,
-    compute: torch.dtype = torch.float32,
+    compute: torch.dtype | None = None,
     grain: int = GRAIN,
 ) -> Tensor:
     """`method` on `tensors` of one shape, a base last where it has one; unnamed settings take their defaults.
 
-    Gives a tensor of the same shape in the dtype `compute` (float32 or float64). Composites are carried out part by
-    part, without a base around them; `key` seeds the randomness, `grain` is the number of elements that statistics are
-    summed over at a time. Raises TypeError for settings that do not exist and for methods that work on names.
+    Gives a tensor of the same shape in the dtype `compute` (float32 unless it says float64). Composites are carried out
+    part by part, without a base around them; `key` seeds the randomness, `grain` is the number of elements that
+    statistics are summed over at a time. Raises TypeError for settings that do not exist and for
+    methods that work on names.
     """
     call = method(*(Slot(i) for i in range(len(tensors))), **params)
     return evaluate(call, [tensors], key=key, compute=compute, grain=grain)[0]
@@ -40,7 +39,7 @@ def evaluate(
     models: Sequence[Sequence[Tensor]],
     *,
     key: int = 0,
-    compute: torch.dtype = torch.float32,
+    compute: torch.dtype | None = None,
     grain: int = GRAIN,
 ) -> list[Tensor]:
     """A tree of calls on several tensors at once: `models` holds, for each tensor, the inputs that slots stand for.
@@ -48,7 +47,7 @@ def evaluate(
     Statistics of pooled methods run over all of them. The result has one tensor for each, in the dtype `compute`.
     """
     if isinstance(call, Slot):
-        return [inputs[call.index].to(compute) for inputs in models]
+        return [inputs[call.index].to(compute or torch.float32) for inputs in models]
     method, params = call.method, dict(call.params)
     options: dict[str, Any] = {"compute": compute, "grain": grain}
     if method.composite:

@@ -30,7 +30,7 @@ from mergekit_lite.recipe.value import Curve, Value
 from mergekit_lite.recipe.write import to_yaml
 
 # Part of the digest: a change of a kernel, a statistic or the random masks that changes bytes raises it.
-ARITHMETIC = 1
+ARITHMETIC = 2
 # What the names of 8-bit weights are followed by in those of their scales.
 SCALES = ("_scale", "_scale_inv")
 
@@ -75,7 +75,8 @@ def build_plan(
         message = f"step `{name}` is used by nothing and will not run"
         warnings.append(Problem(message, recipe.steps[name].mark, "save it or remove it"))
     units = make_units(outputs)
-    pools = _used_pools(builder, outputs)
+    needed = {node.pool for unit in units for node in unit.nodes if node.pool}
+    pools = {pool: tuple(members) for pool, members in builder.pools.items() if pool in needed}
     size = 8 if recipe.compute == "float64" else 4
     return Plan(
         recipe=recipe,
@@ -217,12 +218,6 @@ def _outputs(
     return tuple(outputs)
 
 
-def _used_pools(builder: Builder, outputs: Sequence[Output]) -> dict[str, tuple[Node, ...]]:
-    """The shared statistics that the outputs need."""
-    needed = {n.pool for n in walk(t.node for o in outputs for t in o.tensors) if n.pool}
-    return {pool: tuple(members) for pool, members in builder.pools.items() if pool in needed}
-
-
 def _remarks(step: Step, method: Method) -> list[Problem]:
     """Warnings about settings that are the same for all tensors."""
     params = constant(step, method)
@@ -257,18 +252,25 @@ def _digest(
 ) -> str:
     """SHA-256 over all that decides the bytes: how each tensor is computed, from what, and where it goes."""
     inputs = {file.path: (file.nbytes, file.header_sha256) for c in checkpoints.values() for file in c.shards}
-    names: dict[int, str] = {}
+    digest = hashlib.sha256(json.dumps([ARITHMETIC, GRAIN, recipe.compute]).encode())
+    params: dict[int, str] = {}  # by the id of settings that many nodes share
+    place: dict[int, int] = {}
     pooled = [node for members in pools.values() for node in members]
     for node in walk([*(t.node for o in outputs for t in o.tensors), *pooled]):
+        place[node.id] = len(place)
+        what: tuple[Any, ...]
         if node.load is not None:
-            what: list[Any] = ["load", inputs.get(node.load.file), node.load.name, node.load.dtype]
+            what = (*inputs.get(node.load.file, ()), node.load.name, node.load.dtype)
         else:
             assert node.method is not None
-            below = [names[n.id] for n in node.inputs]
-            what = [node.method.name, node.params, below, node.key, node.pool, node.pool_index]
-        names[node.id] = hashlib.sha256(json.dumps([*what, node.shape]).encode()).hexdigest()
-    files = [
-        [[s.file, s.header.hex(), [[t.start, names[t.node.id]] for t in s.tensors]] for s in o.shards] for o in outputs
-    ]
-    shared = {pool: [names[node.id] for node in members] for pool, members in pools.items()}
-    return hashlib.sha256(json.dumps([ARITHMETIC, GRAIN, recipe.compute, files, shared]).encode()).hexdigest()
+            settings = params.get(id(node.params)) or params.setdefault(id(node.params), repr(node.params))
+            below = tuple(place[n.id] for n in node.inputs)
+            what = (node.method.name, settings, below, node.key, node.pool, node.pool_index)
+        digest.update(repr((what, node.shape)).encode())
+    for output in outputs:
+        for shard in output.shards:
+            digest.update(repr((shard.file, [(t.start, place[t.node.id]) for t in shard.tensors])).encode())
+            digest.update(shard.header)
+    for pool, members in pools.items():
+        digest.update(repr((pool, [place[node.id] for node in members])).encode())
+    return digest.hexdigest()

@@ -9,7 +9,7 @@ from typing import Any
 from mergekit_lite.checkpoint.meta import TensorMeta
 from mergekit_lite.family.family import Family
 from mergekit_lite.methods.random import derive_key
-from mergekit_lite.methods.spec import Call, Slot
+from mergekit_lite.methods.spec import Call, Reach, Slot
 from mergekit_lite.plan.model import Node
 
 
@@ -35,6 +35,16 @@ class PoolConflict(Exception):
     """Tensors that share a statistic over the whole model have different settings."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What is the same for every tensor that a call is used on. `call` is kept so that its id stays its own."""
+
+    call: Call
+    picked: int | None
+    reach: Reach
+    below: tuple[int, ...]  # the slots that it reads, each once
+
+
 @dataclass
 class Builder:
     """Makes the nodes of one plan."""
@@ -42,6 +52,7 @@ class Builder:
     seed: int
     pools: dict[str, list[Node]] = field(default_factory=dict)
     _known: dict[Any, Node] = field(default_factory=dict)
+    _shapes: dict[int, _Shape] = field(default_factory=dict)
 
     def load(self, meta: TensorMeta) -> Node:
         """The node that reads a tensor of a checkpoint."""
@@ -56,14 +67,18 @@ class Builder:
         """
         if isinstance(call, Slot):
             return inputs[call.index]
-        method, params = call.method, dict(call.params)
-        below = [self.call(c, inputs, names, step, tensor, f"{path}.{i}") for i, c in enumerate(call.inputs)]
-        picked = method.pick(params, len(below)) if method.pick else None
-        if picked is not None:
-            return below[picked]
-        pool = f"{step}:{method.name}{path}" if method.reach_of(params) == "pooled" else None
-        used = "+".join(names[i] for i in slots(call))
-        key = derive_key(self.seed, step, method.name, used, tensor) if method.positioned else 0
+        shape = self._shapes.get(id(call)) or self._shape(call)
+        method = call.method
+        if shape.picked is not None:
+            return self.call(call.inputs[shape.picked], inputs, names, step, tensor, f"{path}.{shape.picked}")
+        below = tuple(
+            inputs[c.index] if isinstance(c, Slot) else self.call(c, inputs, names, step, tensor, f"{path}.{i}")
+            for i, c in enumerate(call.inputs)
+        )
+        pool = f"{step}:{method.name}{path}" if shape.reach == "pooled" else None
+        key = 0
+        if method.positioned:
+            key = derive_key(self.seed, step, method.name, "+".join(names[i] for i in shape.below), tensor)
         identity = (method.name, call.params, tuple(n.id for n in below), key, pool)
         known = self._known.get(identity)
         if known is not None:
@@ -76,15 +91,23 @@ class Builder:
             shape=method.shape([n.shape for n in below]) if method.shape else below[0].shape,
             step=step,
             method=method,
-            inputs=tuple(below),
+            inputs=below,
             params=call.params,
             key=key,
             pool=pool,
             pool_index=len(members),
+            reach=shape.reach,
         )
         if pool:
             members.append(node)
         return node
+
+    def _shape(self, call: Call) -> _Shape:
+        params = dict(call.params)
+        picked = call.method.pick(params, len(call.inputs)) if call.method.pick else None
+        found = _Shape(call, picked, call.method.reach_of(params), tuple(slots(call)))
+        self._shapes[id(call)] = found
+        return found
 
     def _node(self, identity: Any, **fields: Any) -> Node:
         known = self._known.get(identity)

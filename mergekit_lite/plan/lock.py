@@ -18,8 +18,8 @@ NAME = "recipe.lock.yaml"
 
 
 def lock_text(plan: Plan, inputs: Mapping[str, str], shards: Mapping[str, Mapping[str, str]]) -> str:
-    """The lock of a finished run. `inputs` gives the SHA-256 of every input file by path, `shards` that of every output
-    shard by output folder and file name."""
+    """The lock of a finished run. `inputs` gives the BLAKE3 digest of every input file by path, `shards` that of every
+    output shard by output folder and file name."""
     recipe = plan.recipe
     pinned = {
         name: replace(
@@ -39,7 +39,7 @@ def lock_text(plan: Plan, inputs: Mapping[str, str], shards: Mapping[str, Mappin
         "set": list(recipe.overrides),
         "inputs": {
             name: [
-                {"file": Path(file.path).name, "bytes": file.nbytes, "sha256": inputs[file.path]}
+                {"file": Path(file.path).name, "bytes": file.nbytes, "blake3": inputs[file.path]}
                 for file in checkpoint.shards
             ]
             for name, checkpoint in plan.checkpoints.items()
@@ -48,7 +48,7 @@ def lock_text(plan: Plan, inputs: Mapping[str, str], shards: Mapping[str, Mappin
             {
                 "to": output.to,
                 "shards": [
-                    {"file": s.file, "bytes": s.nbytes, "sha256": shards[output.to][s.file]} for s in output.shards
+                    {"file": s.file, "bytes": s.nbytes, "blake3": shards[output.to][s.file]} for s in output.shards
                 ],
             }
             for output in plan.outputs
@@ -73,7 +73,7 @@ def changed_inputs(recipe: Recipe, plan: Plan, inputs: Mapping[str, str]) -> lis
         checkpoint = plan.checkpoints.get(name)
         now = {Path(f.path).name: inputs[f.path] for f in checkpoint.shards} if checkpoint else {}
         for file in files:
-            if now.get(file["file"]) != file["sha256"]:
+            if now.get(file["file"]) != file["blake3"]:
                 what = "has other content than" if file["file"] in now else "is missing, unlike"
                 hint = "restore it, or remove the `lock` part to merge what is there now"
                 problems.append(Problem(f"`{file['file']}` of `{name}` {what} when the lock was made", None, hint))
@@ -82,8 +82,8 @@ def changed_inputs(recipe: Recipe, plan: Plan, inputs: Mapping[str, str]) -> lis
 
 def changed_outputs(recipe: Recipe, shards: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Output files whose bytes differ from what the recipe's lock says."""
-    then = [(s["file"], s["sha256"]) for output in (recipe.lock or {}).get("outputs", []) for s in output["shards"]]
-    now = [(file, sha256) for files in shards.values() for file, sha256 in files.items()]
+    then = [(s["file"], s["blake3"]) for output in (recipe.lock or {}).get("outputs", []) for s in output["shards"]]
+    now = [(file, blake3) for files in shards.values() for file, blake3 in files.items()]
     if not then:
         return []
-    return [file for file, sha256 in now if (file, sha256) not in then]
+    return [file for file, blake3 in now if (file, blake3) not in then]

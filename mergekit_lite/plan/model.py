@@ -9,7 +9,7 @@ from typing import Any
 
 from mergekit_lite.checkpoint.meta import Checkpoint, TensorMeta
 from mergekit_lite.errors import Problem
-from mergekit_lite.methods.spec import Method
+from mergekit_lite.methods.spec import Method, Reach
 from mergekit_lite.recipe.model import Recipe
 
 
@@ -18,7 +18,8 @@ class Node:
     """One tensor of the computation: a tensor read from a checkpoint (`load`) or a method's result (`method`).
 
     Nodes are compared by identity; equal computations are one node, so that a result used twice is computed once per
-    block. `key` seeds the randomness of the node; `pool` names the statistic that all tensors of a step share.
+    block. `key` seeds the randomness of the node; `pool` names the statistic that all tensors of a step share. `reach`
+    says how the node may be computed; a load is element-wise.
     """
 
     id: int
@@ -31,6 +32,7 @@ class Node:
     key: int = 0
     pool: str | None = None
     pool_index: int = 0
+    reach: Reach = "element"
 
     @property
     def numel(self) -> int:
@@ -88,13 +90,14 @@ class Output:
 @dataclass(frozen=True, slots=True)
 class Unit:
     """What one thread does in one go: elements [start, stop) of output tensors of one name and shape. `targets` are
-    `(output, tensor)` pairs."""
+    `(output, tensor)` pairs, `nodes` all that leads to them, inputs before users."""
 
     id: int
     name: str
     start: int
     stop: int
     targets: tuple[tuple[int, OutTensor], ...]
+    nodes: tuple[Node, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from mergekit_lite.plan.model import Node, Output, OutTensor, Unit
 GRAIN = 1 << 16  # elements over which a statistic is summed at once; part of what defines the output's bytes
 BLOCK = 1 << 17  # elements of one block unless the run says otherwise; changes time and memory, never a byte
 SEGMENT = 1 << 24  # elements of one unit where a tensor can be cut: a unit is what a stopped run may have to redo
-COPY_BLOCK = 1 << 22  # bytes that a passthrough tensor is copied in
+COPY_BLOCK = 1 << 20  # bytes that a passthrough tensor is copied in: what a core's own cache holds
 THREAD = 1 << 22  # bytes of one thread's stack and of what its allocator keeps for later
 STATISTIC = 3 << 21  # bytes that a statistic gathers at most: keys near a threshold and their places
 ROUNDS = 3  # passes over the inputs that a measured node usually takes besides the last one
@@ -32,17 +32,12 @@ def walk(roots: Iterable[Node]) -> Iterator[Node]:
             stack += [(below, False) for below in reversed(node.inputs)]
 
 
-def reach_of(node: Node) -> str:
-    """How a node may be computed; a load is element-wise."""
-    return "element" if node.method is None else node.method.reach_of(dict(node.params))
-
-
 def grain_of(nodes: Iterable[Node]) -> int:
     """How many elements the nodes' blocks are made of: whole rows where a method needs them, the whole tensor where
     one needs that, a fixed number otherwise. The same in every run, since sums are formed grain by grain."""
     grain, whole = 1, 0
     for node in nodes:
-        reach = reach_of(node)
+        reach = node.reach
         if reach == "matrix":
             whole = max(1, whole, node.numel)
         elif reach == "row" and node.method is not None:
@@ -63,7 +58,7 @@ def beside(nodes: Iterable[Node]) -> dict[int, tuple[str, Node]]:
     """The nodes that are read beside the rows of another, by id: how (`rows`, `columns`, `whole`), and beside which."""
     found: dict[int, tuple[str, Node]] = {}
     for node in nodes:
-        if node.method is not None and node.method.beside is not None and reach_of(node) == "row":
+        if node.method is not None and node.method.beside is not None and node.reach == "row":
             ways = node.method.beside(dict(node.params))
             found.update({n.id: (way, node) for n, way in zip(node.inputs[1:], ways, strict=True)})
     return found
@@ -79,13 +74,13 @@ def make_units(outputs: Sequence[Output]) -> tuple[Unit, ...]:
     units: list[Unit] = []
     for (name, shape, copied), targets in together.items():
         numel = math.prod(shape)
-        nodes = list(walk(t.node for _, t in targets))
-        whole = not copied and any(reach_of(n) in ("measured", "matrix") for n in nodes)
+        nodes = tuple(walk(t.node for _, t in targets))
+        whole = not copied and any(n.reach in ("measured", "matrix") for n in nodes)
         grain = grain_of(nodes)
         step = numel if whole else max(grain, SEGMENT // grain * grain)
         cuts = [*range(0, numel, step), numel] if numel and step else [0, numel]
         for start, stop in itertools.pairwise(cuts):
-            units.append(Unit(len(units), name, start, stop, tuple(targets)))
+            units.append(Unit(len(units), name, start, stop, tuple(targets), nodes))
     return tuple(units)
 
 
@@ -93,9 +88,8 @@ def bytes_read(units: Sequence[Unit], pools: Mapping[str, Sequence[Node]]) -> in
     """Bytes read in all passes; the number of passes of a measured node is what it usually is."""
     total = 0
     for unit in units:
-        nodes = list(walk(t.node for _, t in unit.targets))
-        total += _pass_bytes(nodes, unit.stop - unit.start)
-        measured = [n for n in nodes if reach_of(n) == "measured"]
+        total += _pass_bytes(unit.nodes, unit.stop - unit.start)
+        measured = [n for n in unit.nodes if n.reach == "measured"]
         if measured:
             total += ROUNDS * _pass_bytes(list(walk(measured)), unit.stop - unit.start)
     # Pools that look at the same inputs are fed together.
@@ -125,9 +119,10 @@ def peak_bytes(units: Sequence[Unit], pools: Mapping[str, Sequence[Node]], threa
     bytes of one element in the compute dtype."""
     worst = COPY_BLOCK
     for unit in units:
-        worst = max(worst, _block_bytes(list(walk(t.node for _, t in unit.targets)), block, size))
+        worst = max(worst, _block_bytes(unit.nodes, block, size))
     for members in pools.values():
-        for node in members:
+        # The members of a pool have one structure.
+        for node in {node.shape: node for node in members}.values():
             worst = max(worst, _block_bytes(list(walk([node])), block, size))
     return (worst + THREAD) * threads
 
@@ -147,7 +142,7 @@ def _block_bytes(nodes: Sequence[Node], block: int, size: int) -> int:
             blocks += size * (2 * node.numel if way != "rows" else node.numel * elements // max(1, owner.numel))
     # A row method sorts: values, indices and a copy. A matrix method decomposes in float64: both sides, a copy and the
     # room that LAPACK asks for.
-    reaches = {reach_of(n) for n in nodes}
+    reaches = {n.reach for n in nodes}
     sorting = elements * (48 if "matrix" in reaches else 24 if "row" in reaches else 0)
-    counters = sum(STATISTIC for n in nodes if reach_of(n) in ("measured", "pooled"))
+    counters = sum(STATISTIC for n in nodes if n.reach in ("measured", "pooled"))
     return blocks + sorting + counters

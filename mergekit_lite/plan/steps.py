@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mergekit_lite.checkpoint.meta import MERGEABLE
 from mergekit_lite.errors import Mark, Problem
@@ -11,7 +12,7 @@ from mergekit_lite.methods.registry import expand
 from mergekit_lite.methods.spec import Call, Method, Params, Slot, keywords
 from mergekit_lite.plan.graph import Builder, PoolConflict, Table
 from mergekit_lite.plan.model import Node
-from mergekit_lite.plan.settings import Unset, resolve
+from mergekit_lite.plan.settings import Unset, constant, resolve
 from mergekit_lite.recipe.model import Step
 from mergekit_lite.recipe.value import glob_matches
 
@@ -71,6 +72,8 @@ def build_step(
     labels = _labels([*sources, *([base] if base else []), *further])
     nodes: dict[str, Node] = {}
     dtypes: dict[str, str] = {}
+    same = constant(step, method)
+    calls: dict[Any, Call | Slot] = {}
     for name, given in _aligned(step, sources, base, faults):
         owner = next(s.table for s in (lead, *sources) if name in s.table.nodes)
         dtypes[name] = owner.dtypes[name]
@@ -80,7 +83,7 @@ def build_step(
         if _unfit(name, given, sources, base, faults):
             continue
         try:
-            params = resolve(step, method, name, lead.table.family.depth(name))
+            params = same or resolve(step, method, name, lead.table.family.depth(name))
         except Unset as gap:
             faults.add(f"no rule of `{gap.param}` applies to", gap.mark, "add an `else` to it", name)
             continue
@@ -99,9 +102,12 @@ def build_step(
             hint = "were the statistics made with this model?"
             faults.add(f"{unfit} In", further[0].mark, hint, name)
             continue
-        call = _call(method, params, sources, base, statistics, delta, add)
-        if not statistics and method.without is not None:
-            call = method.without(*(Slot(i) for i in range(len(sources))), **keywords(_plain(method, params)))
+        use = (bool(statistics), tuple(params.items()))
+        if use not in calls:
+            calls[use] = _call(method, params, sources, base, statistics, delta, add)
+            if not statistics and method.without is not None:
+                calls[use] = method.without(*(Slot(i) for i in range(len(sources))), **keywords(_plain(method, params)))
+        call = calls[use]
         given = [*given, *statistics]
         try:
             nodes[name] = builder.call(call, given, labels, step.name, name)

@@ -13,7 +13,7 @@ _HINT = "`merge run` writes this part; remove it to run the recipe without a com
 def read_lock(node: Node, problems: list[Problem]) -> dict[str, Any] | None:
     """The section as plain data; findings go to `problems`, None where it is no lock.
 
-    Every item of `inputs.NAME` and of `outputs[..].shards` is sure to have a `file` and a `sha256` that are text. Other
+    Every item of `inputs.NAME` and of `outputs[..].shards` is sure to have a `file` and a `blake3` that are text. Other
     parts are kept as they stand.
     """
     if not isinstance(node, MapNode):
@@ -48,6 +48,6 @@ def _check_files(node: Node, problems: list[Problem]) -> None:
         problems.append(Problem(f"this must be a list of files, not {describe(node)}", node.mark, _HINT))
         return
     for item in node.items:
-        fields = [item.get(key) for key in ("file", "sha256")] if isinstance(item, MapNode) else [None]
+        fields = [item.get(key) for key in ("file", "blake3")] if isinstance(item, MapNode) else [None]
         if not all(isinstance(field, ScalarNode) and isinstance(field.value, str) for field in fields):
-            problems.append(Problem("a file of the lock needs a `file` and a `sha256`", item.mark, _HINT))
+            problems.append(Problem("a file of the lock needs a `file` and a `blake3`", item.mark, _HINT))

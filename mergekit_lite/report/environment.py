@@ -63,7 +63,7 @@ def _version(distribution: str) -> str | None:
 def _dtypes() -> Check:
     if importlib.util.find_spec("torch") is None:
         return fail("dtypes", "unknown without torch")
-    from mergekit_lite.checkpoint.reader import TORCH_DTYPES
+    from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
 
     lacking = [code for code in DTYPE_NAMES if code not in TORCH_DTYPES]
     if lacking:

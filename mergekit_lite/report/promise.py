@@ -1,4 +1,4 @@
-"""Whether an output of ours still is what its lock says: the size and the SHA-256 of every shard."""
+"""Whether an output of ours still is what its lock says: the size and the BLAKE3 digest of every shard."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mergekit_lite.errors import InputError, MergeError
 from mergekit_lite.plan.lock import NAME
 from mergekit_lite.recipe.read import parse, read_file
 from mergekit_lite.report.check import Check, count, fail, failures, few, ok, warn
-from mergekit_lite.run.finish import sha256_files
+from mergekit_lite.run.digest import file_digests
 
 _AGAIN = "the files are damaged or were changed: run the recipe again, or copy the output again from where it is whole"
 
@@ -39,9 +39,9 @@ def check_lock(folder: Path, threads: int) -> Iterator[Check]:
 
 
 def _shards(output: Any) -> dict[str, tuple[object, str]]:
-    """What a lock says of an output's files, a list under `shards` or by itself: bytes and SHA-256 by name."""
+    """What a lock says of an output's files, a list under `shards` or by itself: bytes and BLAKE3 digest by name."""
     files = output["shards"] if isinstance(output, Mapping) else output
-    return {shard["file"]: (shard.get("bytes"), shard["sha256"]) for shard in files}
+    return {shard["file"]: (shard.get("bytes"), shard["blake3"]) for shard in files}
 
 
 def _compare(folder: Path, shards: Mapping[str, tuple[object, str]], threads: int) -> list[Check]:
@@ -53,16 +53,16 @@ def _compare(folder: Path, shards: Mapping[str, tuple[object, str]], threads: in
     resized = [f for f, (nbytes, _) in shards.items() if f in present and nbytes not in (None, present[f])]
     if resized:
         made.append(fail("lock", f"other sizes than the lock says: {few(resized)}", _AGAIN))
-    rest = {file: sha256 for file, (_, sha256) in shards.items() if file in present and file not in resized}
+    rest = {file: blake3 for file, (_, blake3) in shards.items() if file in present and file not in resized}
     try:
-        digests = sha256_files([folder / file for file in rest], threads)
+        digests = file_digests([folder / file for file in rest], threads)
     except InputError as error:
         return [*made, *failures("lock", error.problems)]
-    changed = [file for file, sha256 in rest.items() if digests[str(folder / file)] != sha256]
+    changed = [file for file, blake3 in rest.items() if digests[str(folder / file)] != blake3]
     if changed:
-        made.append(fail("lock", f"another SHA-256 than the lock says: {few(changed)}", _AGAIN))
+        made.append(fail("lock", f"another BLAKE3 digest than the lock says: {few(changed)}", _AGAIN))
     if not made:
-        made.append(ok("lock", f"size and SHA-256 of {count(len(shards), 'shard')} are as the lock says"))
+        made.append(ok("lock", f"size and BLAKE3 digest of {count(len(shards), 'shard')} are as the lock says"))
     strange = sorted(name for name in present if name.endswith(".safetensors") and name not in shards)
     if strange:
         made.append(warn("lock", f"weights that the run did not write: {few(strange)}", "move them out of the folder"))

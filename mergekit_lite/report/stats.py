@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
 from mergekit_lite.checkpoint.meta import Checkpoint, TensorMeta
-from mergekit_lite.checkpoint.reader import TORCH_DTYPES, Reader
+from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.report.stream import BLOCK, Advance, Found, blocks, each, has_numbers
 
 

@@ -9,8 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
 from mergekit_lite.checkpoint.meta import TensorMeta
-from mergekit_lite.checkpoint.reader import TORCH_DTYPES, Reader
+from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.run.threads import one_thread_per_operation
 
 BLOCK = 1 << 15  # elements: 256 kB in float64, so that a block and what is made of it stay in the cache

@@ -4,39 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.checkpoint.meta import DTYPE_BITS, TensorMeta
-from mergekit_lite.checkpoint.reader import TORCH_DTYPES
-from mergekit_lite.errors import InputError, InterruptedRun, Problem
-from mergekit_lite.plan.model import Node, OutTensor, Plan, Unit
-from mergekit_lite.plan.order import COPY_BLOCK, walk
-from mergekit_lite.run.evaluate import Blocks, Source, Stats, freeze, subset
+from mergekit_lite.errors import InterruptedRun
+from mergekit_lite.plan.model import Node, Plan, Unit
+from mergekit_lite.run.copy import ByteSource, copy
 from mergekit_lite.run.journal import Done, Journal
-from mergekit_lite.run.pools import measure_pools
 from mergekit_lite.run.sink import Sink
-from mergekit_lite.run.threads import one_thread_per_operation
+
+if TYPE_CHECKING:
+    from mergekit_lite.run.compute import Computer
 
 WITHIN_SECONDS = 0.2  # how often a tensor in a long iteration tells how far it is, at most
 JOURNAL_SECONDS = 3.0  # how much finished work a crash may cost, at most
-# Dtypes whose range float32 numbers may leave on the last rounding.
-NARROW = frozenset({"F16", "F8_E4M3", "F8_E5M2"})
-
-
-class ByteSource(Source, Protocol):
-    def read_bytes(self, meta: TensorMeta, start: int, stop: int, buffer: memoryview) -> None:
-        """Stored bytes [start, stop) of a tensor into `buffer`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +90,15 @@ class _Counted:
 
     def __init__(self, source: ByteSource):
         self._source = source
-        self._lock = threading.Lock()
-        self.bytes = 0
+        self._bytes: dict[int, int] = {}  # by thread, so that none waits for another
 
-    def read(self, meta: TensorMeta, start: int, stop: int) -> Tensor:
-        with self._lock:
-            self.bytes += (stop - start) * DTYPE_BITS[meta.dtype] // 8
-        return self._source.read(meta, start, stop)
+    @property
+    def bytes(self) -> int:
+        return sum(list(self._bytes.values()))
 
     def read_bytes(self, meta: TensorMeta, start: int, stop: int, buffer: memoryview) -> None:
-        with self._lock:
-            self.bytes += stop - start
+        me = threading.get_ident()
+        self._bytes[me] = self._bytes.get(me, 0) + stop - start
         self._source.read_bytes(meta, start, stop, buffer)
 
 
@@ -123,7 +108,11 @@ def execute(
     """Carry out what is left of `plan`. Raises InterruptedRun on Ctrl-C with everything finished so far safe, and
     whatever a source or a sink raises, likewise."""
     run = _Run(plan, _Counted(source), sink, journal, done, options)
-    with one_thread_per_operation():
+    if all(unit.targets[0][1].copied for unit in run.todo):
+        return run.go()  # without torch, whose import takes longer than many a copy
+    from mergekit_lite.run.compute import computing
+
+    with computing(plan, run.source, options.block, options.strict, run.check) as run.computer:
         return run.go()
 
 
@@ -138,10 +127,9 @@ class _Run:
             options,
         )
         self.stop = threading.Event()
-        compute = torch.float64 if plan.recipe.compute == "float64" else torch.float32
-        self.blocks = Blocks(source, compute, options.block, self._check)
+        self.todo = [unit for unit in plan.units if unit.id not in done.units]
+        self.computer: Computer | None = None
         self.findings = Findings(resumed=len(done.units))
-        self.stats: Stats = {}
         self.finished: queue.SimpleQueue[tuple[Unit, dict[str, Any]] | _Within | BaseException | None] = (
             queue.SimpleQueue()
         )
@@ -156,13 +144,12 @@ class _Run:
                 self.written += _weight(unit)
 
     def go(self) -> Findings:
-        todo = [unit for unit in self.plan.units if unit.id not in self.done.units]
         try:
             with ThreadPoolExecutor(self.options.threads, "merge") as threads:
                 try:
-                    if todo and self.plan.pools:
-                        self._pools(threads)
-                    self._units(threads, todo)
+                    if self.computer is not None and self.plan.pools:
+                        self._pools(threads, self.computer)
+                    self._units(threads)
                 except BaseException:
                     self.stop.set()
                     raise
@@ -180,13 +167,13 @@ class _Run:
         self.findings.bytes_read = self.source.bytes
         return self.findings
 
-    def _check(self) -> None:
+    def check(self) -> None:
         if self.stop.is_set():
             raise _Stop
 
     # Statistics over all tensors
 
-    def _pools(self, threads: ThreadPoolExecutor) -> None:
+    def _pools(self, threads: ThreadPoolExecutor, computer: Computer) -> None:
         total = sum(len(members) for members in self.plan.pools.values())
         seen = itertools.count(1)
 
@@ -198,13 +185,12 @@ class _Run:
             if self.journal is not None:
                 self.journal.pool(pool, stats)
 
-        known = {pool: [freeze(stat) for stat in stats] for pool, stats in self.done.pools.items()}
-        self.stats = measure_pools(self.plan.pools, known, self.blocks, threads, report, found)
+        computer.measure(self.plan, self.done.pools, threads, report, found)
 
     # Units
 
-    def _units(self, threads: ThreadPoolExecutor, todo: Sequence[Unit]) -> None:
-        pending = iter(todo)
+    def _units(self, threads: ThreadPoolExecutor) -> None:
+        pending = iter(self.todo)
         lock = threading.Lock()
 
         def worker() -> None:
@@ -226,7 +212,7 @@ class _Run:
         for _ in range(self.options.threads):
             threads.submit(worker)
         working = self.options.threads
-        count = len(self.plan.units) - len(todo)
+        count = len(self.plan.units) - len(self.todo)
         while working:
             with contextlib.suppress(queue.Empty):
                 got = self.finished.get(timeout=0.2)
@@ -287,28 +273,16 @@ class _Run:
 
     def _unit(self, unit: Unit) -> dict[str, Any]:
         found: dict[str, dict[str, int]] = {"nonfinite": {}, "overflow": {}}
-        blocks = replace(self.blocks, watch=lambda meta, values: self._watch(meta, values, found["nonfinite"]))
         if unit.targets[0][1].copied:
-            self._copy(unit, blocks)
-            return found
-        roots = [tensor.node for _, tensor in unit.targets]
-        nodes = list(walk(roots))
-        blocks = replace(blocks, report=self._within(unit, nodes))
-        stats = subset(self.stats, roots)
-        blocks.measure(roots, stats)
-        for start, stop in blocks.spans(nodes, unit.start, unit.stop):
-            memo: dict[int, Tensor] = {}
-            for output, tensor in unit.targets:
-                value = blocks.value(tensor.node, start, stop, stats, memo, True)
-                stored = value.to(TORCH_DTYPES[tensor.dtype])
-                if tensor.dtype in NARROW:
-                    _count_overflow(tensor, value, stored, found["overflow"])
-                self.sink.write(output, tensor, start, stored)
+            copy(unit, self.source, self.sink, self.check, found["nonfinite"], self.options.strict)
+        else:
+            assert self.computer is not None
+            self.computer.unit(unit, self.sink, found, self._within(unit))
         return found
 
-    def _within(self, unit: Unit, nodes: Sequence[Node]) -> Callable[[Node, int, int], None]:
+    def _within(self, unit: Unit) -> Callable[[Node, int, int], None]:
         """What to call with the steps of the unit's iterations, which come one after the other."""
-        place = {node.id: i for i, node in enumerate(n for n in nodes if n.method and n.method.reports)}
+        place = {node.id: i for i, node in enumerate(n for n in unit.nodes if n.method and n.method.reports)}
         told = time.monotonic()
 
         def report(node: Node, done: int, total: int) -> None:
@@ -319,48 +293,6 @@ class _Run:
                 self.finished.put(_Within(unit, (place[node.id] + done / total) / len(place), (done, total)))
 
         return report
-
-    def _copy(self, unit: Unit, blocks: Blocks) -> None:
-        seen: set[TensorMeta] = set()  # two saves of one tensor count its numbers once
-        for output, tensor in unit.targets:
-            meta = tensor.node.load
-            assert meta is not None
-            dtype = None if meta in seen else TORCH_DTYPES.get(meta.dtype)
-            seen.add(meta)
-            bits = DTYPE_BITS[meta.dtype]
-            buffer = memoryview(bytearray(min(COPY_BLOCK, (unit.stop - unit.start) * bits // 8)))
-            at, end = unit.start * bits // 8, unit.stop * bits // 8
-            while at < end:
-                self._check()
-                part = buffer[: min(len(buffer), end - at)]
-                self.source.read_bytes(meta, at, at + len(part), part)
-                if dtype is not None and dtype.is_floating_point:
-                    for values in torch.frombuffer(part, dtype=torch.uint8).view(dtype).split(COPY_BLOCK // 4):
-                        blocks.watch(meta, values if values.element_size() > 1 else values.float())
-                self.sink.write_bytes(output, tensor, at, part)
-                at += len(part)
-
-    def _watch(self, meta: TensorMeta, values: Tensor, found: dict[str, int]) -> None:
-        # One sum tells in a single pass that all is well; it is wrong only towards looking closer.
-        if math.isfinite(values.sum().item()):
-            return
-        count = int(torch.count_nonzero(~torch.isfinite(values)))
-        if not count:
-            return
-        if self.options.strict:
-            message = f"`{meta.name}` in `{meta.file}` holds NaN or infinite numbers"
-            hint = "leave `--strict` out to merge all the same and have them counted"
-            raise InputError(Problem(message, None, hint))
-        name = f"{meta.file}:{meta.name}"
-        found[name] = found.get(name, 0) + count
-
-
-def _count_overflow(tensor: OutTensor, value: Tensor, stored: Tensor, found: dict[str, int]) -> None:
-    if math.isfinite(stored.float().sum().item()):
-        return
-    count = int(torch.count_nonzero(torch.isfinite(value) & ~torch.isfinite(stored.float())))
-    if count:
-        found[tensor.name] = found.get(tensor.name, 0) + count
 
 
 def _weight(unit: Unit) -> int:

@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mergekit_lite.checkpoint.extras import copy_extras, output_config
-from mergekit_lite.errors import InputError, StoppedError
+from mergekit_lite.errors import StoppedError
 from mergekit_lite.plan.layout import INDEX
 from mergekit_lite.plan.lock import NAME as LOCK
 from mergekit_lite.plan.model import Output, Plan
+from mergekit_lite.run.digest import file_digests
 from mergekit_lite.run.journal import NAME as JOURNAL
 from mergekit_lite.run.sink import partial
 
 RECIPE = "recipe.yaml"
-
-
-def sha256_files(paths: Sequence[Path], threads: int) -> dict[str, str]:
-    """SHA-256 of files, by path. Raises InputError where one cannot be read."""
-
-    def one(path: Path) -> str:
-        digest = hashlib.sha256()
-        try:
-            with path.open("rb", buffering=0) as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-        except OSError as fault:
-            raise InputError(f"cannot read `{path}`: {fault.strerror}", hint="was it moved during the run?") from fault
-        return digest.hexdigest()
-
-    with ThreadPoolExecutor(threads) as pool:
-        return dict(zip(map(str, paths), pool.map(one, paths), strict=True))
 
 
 def input_files(plan: Plan) -> list[Path]:
@@ -42,10 +23,21 @@ def input_files(plan: Plan) -> list[Path]:
     return [Path(path) for path in dict.fromkeys(f.path for c in plan.checkpoints.values() for f in c.shards)]
 
 
+def wanted_parts(plan: Plan) -> list[tuple[str, int]]:
+    """The parts of the inputs in the order in which the units read them: `(path, last byte + 1)`."""
+    parts = []
+    for unit in plan.units:
+        for node in unit.nodes:
+            if node.load is not None:
+                share = min(node.numel, unit.stop) / max(1, node.numel)
+                parts.append((node.load.file, node.load.start + int(node.load.nbytes * share)))
+    return parts
+
+
 def shard_digests(plan: Plan, threads: int) -> dict[str, dict[str, str]]:
-    """SHA-256 of every finished shard, still in the partial folders, by output folder and file name."""
+    """The digest of every finished shard, still in the partial folders, by output folder and file name."""
     paths = [partial(o.to) / s.file for o in plan.outputs for s in o.shards]
-    found = sha256_files(paths, threads)
+    found = file_digests(paths, threads)
     return {o.to: {s.file: found[str(partial(o.to) / s.file)] for s in o.shards} for o in plan.outputs}
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
-from dataclasses import replace
 from typing import Any
 
 from mergekit_lite.methods.measure import Measure, Part
 from mergekit_lite.plan.model import Node
 from mergekit_lite.plan.order import walk
-from mergekit_lite.run.evaluate import Blocks, Stats, measure_of
+from mergekit_lite.run.evaluate import Blocks, measure_of
+from mergekit_lite.run.program import Stats
 
 Members = tuple[Node, ...]
 
@@ -97,9 +97,8 @@ def _round(
 
     def one(work: list[tuple[str, Node, Part]]) -> list[tuple[str, Node]]:
         local = dict(stats)
-        mine = replace(blocks)  # what is kept beside the blocks is kept for these tensors alone
-        mine.measure([node for _, node, _ in work], local)
-        mine.feed([(node, part) for _, node, part in work], local)
+        blocks.measure([node for _, node, _ in work], local)
+        blocks.feed([(node, part) for _, node, part in work], local)
         return [(name, node) for name, node, _ in work]
 
     # As they finish, so that a failure is not left waiting behind a tensor that takes long.

@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
-from mergekit_lite.checkpoint.reader import TORCH_DTYPES
 from mergekit_lite.checkpoint.writer import ShardFileWriter
+from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.plan.model import Output, OutTensor
 
 
@@ -78,6 +75,8 @@ class Memory:
     """Output tensors in memory, by output and name."""
 
     def __init__(self, outputs: Sequence[Output]):
+        from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
+
         self.tensors: list[dict[str, Tensor]] = [
             {t.name: torch.empty(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in output.tensors} for output in outputs
         ]

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from raw_safetensors import entry, raw
 
+from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
 from mergekit_lite.checkpoint.header import read_header
 from mergekit_lite.checkpoint.meta import DTYPE_BITS
-from mergekit_lite.checkpoint.reader import TORCH_DTYPES
 from mergekit_lite.errors import InputError
 
 FOUR = b"1234"

@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mergekit_lite.checkpoint import reader as reader_module
+from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
 from mergekit_lite.checkpoint.header import Header, read_header
 from mergekit_lite.checkpoint.meta import DTYPE_BITS, DTYPE_CODES, DTYPE_NAMES, MERGEABLE, TensorMeta
-from mergekit_lite.checkpoint.reader import TORCH_DTYPES, Reader
+from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.errors import InputError
 
 # Dtypes that safetensors itself turns into torch tensors: what is read can be compared with what it reads.

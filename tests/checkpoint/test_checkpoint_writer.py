@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from mergekit_lite.checkpoint import writer as writer_module
+from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
 from mergekit_lite.checkpoint.header import read_header
 from mergekit_lite.checkpoint.meta import DTYPE_BITS
-from mergekit_lite.checkpoint.reader import TORCH_DTYPES
 from mergekit_lite.checkpoint.writer import ShardFileWriter, encode_header, free_bytes
 from mergekit_lite.errors import RecipeError, StoppedError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from cli_process import Ran
 from safetensors.torch import load_file, save_file
 
@@ -60,7 +60,7 @@ def test_json(merge: Merge, folder: Path):
     assert (output["to"], output["lock"]) == ("out/ties", "out/ties/recipe.lock.yaml")
     for shard in output["shards"]:
         stored = (Path("out/ties") / shard["file"]).read_bytes()
-        assert shard == {"file": shard["file"], "bytes": len(stored), "sha256": hashlib.sha256(stored).hexdigest()}
+        assert shard == {"file": shard["file"], "bytes": len(stored), "blake3": blake3(stored).hexdigest()}
     assert data["bytes_written"] == output["bytes"]
     empty = ("nonfinite", "overflow", "changed", "warnings")
     assert {key: len(data[key]) for key in empty} == dict.fromkeys(empty, 0)
@@ -84,7 +84,7 @@ def test_a_lock_runs_to_the_same_bytes(merge: Merge, folder: Path):
 def test_other_bytes_than_the_lock_says(merge: Merge, folder: Path):
     assert merge("run", "ties.yaml").code == 0
     lock = Path("out/ties/recipe.lock.yaml").read_text(encoding="utf-8")
-    digest = hashlib.sha256(Path("out/ties/model.safetensors").read_bytes()).hexdigest()
+    digest = blake3(Path("out/ties/model.safetensors").read_bytes()).hexdigest()
     assert lock.count(digest) == 1
     Path("lock.yaml").write_text(lock.replace(digest, "f" * 64), encoding="utf-8")
     ran = merge("run", "lock.yaml", "--out", "out/again", "--json")

@@ -336,22 +336,22 @@ LOCK = """
 lock:
   plan: abc
   set: [seed=3]
-  inputs: {a: [{file: model.safetensors, bytes: 3, sha256: "00"}]}
-  outputs: [{to: out, shards: [{file: m.safetensors, bytes: 9, sha256: ff}]}]
+  inputs: {a: [{file: model.safetensors, bytes: 3, blake3: "00"}]}
+  outputs: [{to: out, shards: [{file: m.safetensors, bytes: 9, blake3: ff}]}]
 """
 
 
 def test_a_lock_is_kept_as_plain_data() -> None:
     lock = good(steps("  s: {use: x, of: a}") + LOCK).lock
     assert lock is not None
-    assert lock["inputs"]["a"][0] == {"file": "model.safetensors", "bytes": 3, "sha256": "00"}
-    assert lock["outputs"][0]["shards"][0]["sha256"] == "ff"
+    assert lock["inputs"]["a"][0] == {"file": "model.safetensors", "bytes": 3, "blake3": "00"}
+    assert lock["outputs"][0]["shards"][0]["blake3"] == "ff"
     assert (lock["plan"], lock["set"]) == ("abc", ["seed=3"])
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [('sha256: "00"', "sha: 1"), ('"00"', "00"), ("[{file: m.", "{x: {file: m."), ("inputs: {a: [", "inputs: [{a: [")],
+    [('blake3: "00"', "sha: 1"), ('"00"', "00"), ("[{file: m.", "{x: {file: m."), ("inputs: {a: [", "inputs: [{a: [")],
 )
 def test_a_broken_lock_is_a_problem(old: str, new: str) -> None:
     text = LOCK.replace(old, new).replace("ff}]}]", "ff}}}]" if "x:" in new else "ff}]}]")

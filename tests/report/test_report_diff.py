@@ -13,7 +13,7 @@ import torch
 from report_files import noise, write, write_raw
 from torch import Tensor
 
-from mergekit_lite.checkpoint.reader import TORCH_DTYPES
+from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
 from mergekit_lite.report.diff import Comparison, TensorDiff, config_diff, diff
 
 FLOATING = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]

@@ -224,7 +224,7 @@ def flip_last(folder: Path) -> None:
 
 LOCK_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "none": (lambda f: None, ""),
-    "one bit": (flip_last, "another SHA-256"),
+    "one bit": (flip_last, "another BLAKE3 digest"),
     "truncated": (lambda f: os.truncate(first(f), 100), "other sizes"),
     "shard removed": (lambda f: first(f).unlink(), "are missing"),
     "lock of no YAML": (lambda f: (f / "recipe.lock.yaml").write_text("a: [1"), ""),
@@ -251,7 +251,7 @@ def test_a_lock_with_two_outputs_is_met_by_either(output: Path) -> None:
     path = output / "recipe.lock.yaml"
     data = yaml.safe_load(path.read_text())
     (mine,) = data["lock"]["outputs"]
-    other = {"to": "other", "shards": [{**shard, "sha256": "0" * 64} for shard in mine["shards"]]}
+    other = {"to": "other", "shards": [{**shard, "blake3": "0" * 64} for shard in mine["shards"]]}
     data["lock"]["outputs"] = [other, mine]
     path.write_text(yaml.safe_dump(data, sort_keys=False))
     assert [check.verdict for check in found(output) if check.name == "lock"] == ["ok"]

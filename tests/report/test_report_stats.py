@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from report_files import noise, write, write_raw
 from safetensors.torch import load_file
 
-from mergekit_lite.checkpoint.reader import TORCH_DTYPES, Reader
+from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
+from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.report.stats import Stats, measure, nonfinite, over, stats_of, total
 
 

@@ -107,4 +107,4 @@ def merged(path: Path, *, threads: int = 1, block: int | None = None) -> Result:
 
 
 def digests(result: Result) -> list[str]:
-    return [sha256 for files in result.shards.values() for sha256 in files.values()]
+    return [digest for files in result.shards.values() for digest in files.values()]

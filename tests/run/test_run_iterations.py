@@ -74,14 +74,14 @@ def test_a_failure_while_statistics_are_measured_ends_a_long_iteration(
     file = write_recipe(models / "pool.yaml", models, text, models / "pool")
     made = plan(load_recipe(file), threads=2)
     assert made.pools
-    read = Reader.read
+    read = Reader.read_bytes
 
-    def unplugged(self: Reader, meta: TensorMeta, start: int, stop: int) -> torch.Tensor:
+    def unplugged(self: Reader, meta: TensorMeta, start: int, stop: int, buffer: memoryview) -> None:
         if meta.name == "layers.1.weight":
             raise InputError("unplugged")
-        return read(self, meta, start, stop)
+        read(self, meta, start, stop, buffer)
 
-    monkeypatch.setattr(Reader, "read", unplugged)
+    monkeypatch.setattr(Reader, "read_bytes", unplugged)
     with pytest.raises(InputError, match="unplugged"):
         run(made, threads=2)
     assert not ended

@@ -1,0 +1,213 @@
+"""The computation of one block as a list of operations, worked out once for all blocks of a tensor."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
+from mergekit_lite.checkpoint.meta import TensorMeta
+from mergekit_lite.errors import MergeError
+from mergekit_lite.methods.spec import Block, Method, keywords
+from mergekit_lite.plan.model import Node
+from mergekit_lite.plan.order import beside, row_length, walk
+from mergekit_lite.plan.words import count
+
+Stats = dict[int, Any]  # node id -> what its measure found for this tensor
+
+
+class Source(Protocol):
+    """Where stored tensors come from."""
+
+    def read_bytes(self, meta: TensorMeta, start: int, stop: int, buffer: memoryview) -> None:
+        """Stored bytes [start, stop) of a tensor into `buffer`."""
+        ...
+
+
+@dataclass(slots=True)
+class Loader:
+    """Stored numbers in the dtype of the arithmetic. Reads by way of one buffer, which stays in a core's cache. For one
+    thread."""
+
+    source: Source
+    compute: torch.dtype
+    _raw: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    _views: dict[tuple[torch.dtype, int], tuple[Tensor, memoryview]] = field(default_factory=dict)
+
+    def load(self, meta: TensorMeta, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a tensor, flat, in memory of their own."""
+        dtype = TORCH_DTYPES[meta.dtype]
+        size = dtype.itemsize
+        if dtype == self.compute:
+            own = torch.empty(stop - start, dtype=dtype)
+            self.source.read_bytes(meta, start * size, stop * size, own.view(torch.uint8).numpy().data)
+            return own
+        view = self._views.get((dtype, stop - start))
+        if view is None:
+            view = self._views[dtype, stop - start] = self._view(dtype, (stop - start) * size)
+        self.source.read_bytes(meta, start * size, stop * size, view[1])
+        return view[0].to(self.compute)
+
+    def _view(self, dtype: torch.dtype, nbytes: int) -> tuple[Tensor, memoryview]:
+        if len(self._raw) < nbytes:
+            self._raw = torch.empty(nbytes, dtype=torch.uint8)
+            self._views.clear()
+        part = self._raw[:nbytes]
+        return part.view(dtype), part.numpy().data
+
+
+@dataclass(slots=True)
+class _Operation:
+    """What makes one node's block: a load, or a method applied to the results at `inputs`. The results at `spent` are
+    needed no more after it."""
+
+    node: Node
+    inputs: tuple[int, ...] = ()
+    arguments: dict[str, Any] = field(default_factory=dict)
+    shapes: tuple[tuple[int, ...], ...] = ()  # of the inputs, for a matrix method
+    length: int = 0  # of a row, for a row method
+    beside: tuple[_Beside, ...] = ()
+    spent: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Beside:
+    """A further input of a row method that has a shape of its own: `rows` of `width` elements come with those of the
+    first input, what comes as `columns` or `whole` is kept for all blocks."""
+
+    node: Node
+    way: str
+    program: Program
+    width: int
+
+
+class Program:
+    """Computes the blocks of `roots`, which have one size unless a matrix method is among what leads to them.
+
+    `watch` is told of every loaded block, `step` of the steps of long iterations. For one thread.
+    """
+
+    def __init__(
+        self,
+        roots: Sequence[Node],
+        loader: Loader,
+        stats: Stats,
+        watch: Callable[[TensorMeta, Tensor], None] | None = None,
+        step: Callable[[Node, int, int], None] | None = None,
+    ):
+        self._loader = loader
+        self._watch = watch
+        self._step = step
+        self._stats = stats
+        self._kept: dict[int, Tensor] = {}  # by node id, what all blocks need
+        aside = beside(walk(roots))
+        nodes = [node for node in walk(roots) if node.id not in aside or any(node is root for root in roots)]
+        place = {node.id: i for i, node in enumerate(nodes)}
+        self._first = True
+        self._whole = any(node.reach == "matrix" for node in nodes)
+        self._operations = [self._operation(node, place) for node in nodes]
+        self._roots = [place[node.id] for node in roots]
+        last = {i: at for at, operation in enumerate(self._operations) for i in operation.inputs}
+        for i, at in last.items():
+            if i not in self._roots:
+                self._operations[at].spent.append(i)
+
+    def run(self, start: int, stop: int) -> list[Tensor]:
+        """Elements [start, stop) of every root, flat, in the dtype of the arithmetic. Where a matrix method is among
+        the operations, [start, stop) is the whole tensor, and what has another size is whole too."""
+        results: list[Any] = [None] * len(self._operations)
+        for i, operation in enumerate(self._operations):
+            node = operation.node
+            if self._whole:
+                start, stop = 0, node.numel
+            if node.load is not None:
+                result = self._loader.load(node.load, start, stop)
+                if self._watch is not None:
+                    self._watch(node.load, result)
+            else:
+                assert node.method is not None
+                xs = [results[j] for j in operation.inputs]
+                if operation.shapes:
+                    xs = [x.view(shape) for x, shape in zip(xs, operation.shapes, strict=True)]
+                elif operation.length:
+                    xs = [x.view(-1, operation.length) for x in xs]
+                    for further in operation.beside:
+                        xs.append(self._further(further, start // operation.length, stop // operation.length))
+                if node.method.positioned:
+                    operation.arguments["block"] = Block(start, node.key)
+                result = apply(node.method, xs, operation.arguments, stop - start)
+                del xs
+            results[i] = result
+            for j in operation.spent:
+                results[j] = None
+        return [results[i] for i in self._roots]
+
+    def _operation(self, node: Node, place: dict[int, int]) -> _Operation:
+        if node.method is None:
+            return _Operation(node)
+        operation = _Operation(node, arguments=keywords(dict(node.params)))
+        if node.id in self._stats:
+            operation.arguments["stat"] = self._stats[node.id]
+        if node.method.reports:
+            operation.arguments["report"] = functools.partial(self._step or _nothing, node)
+        inputs, reach = node.inputs, node.reach
+        if reach == "matrix":
+            operation.shapes = tuple(below.shape for below in inputs)
+        elif reach == "row":
+            operation.length = row_length(node)
+            if node.method.beside is not None:
+                ways = node.method.beside(dict(node.params))
+                operation.beside = tuple(self._aside(node, n, way) for n, way in zip(inputs[1:], ways, strict=True))
+                inputs = inputs[:1]
+        operation.inputs = tuple(place[below.id] for below in inputs)
+        return operation
+
+    def _aside(self, node: Node, below: Node, way: str) -> _Beside:
+        # What is kept is read for every part of a tensor again, and watched over by nobody but the first.
+        watch = self._watch if way == "rows" else self._watch_first
+        program = Program([below], self._loader, self._stats, watch, self._step)
+        return _Beside(below, way, program, below.numel * row_length(node) // max(1, node.numel))
+
+    def _further(self, further: _Beside, top: int, bottom: int) -> Tensor:
+        """What a method gets beside the rows from `top` to `bottom`, as a matrix."""
+        node, width = further.node, further.width
+        if further.way == "rows":
+            return further.program.run(top * width, bottom * width)[0].view(bottom - top, width)
+        if node.id not in self._kept:
+            self._first = top == 0
+            self._kept[node.id] = further.program.run(0, node.numel)[0].view(node.shape[0], -1)
+        kept = self._kept[node.id]
+        return kept if further.way == "whole" else kept[:, top:bottom]
+
+    def _watch_first(self, meta: TensorMeta, values: Tensor) -> None:
+        if self._first and self._watch is not None:
+            self._watch(meta, values)
+
+
+def _nothing(node: Node, done: int, total: int) -> None:
+    """The steps of an iteration that nobody asks about."""
+
+
+def apply(method: Method, xs: Sequence[Tensor], arguments: dict[str, Any], numel: int) -> Tensor:
+    """What `method` makes of a block, flat. An outside method's faults are told as such, with its module; a result that
+    is no tensor of `numel` numbers would leave a hole in the output and is a fault too. Raises MergeError."""
+    try:
+        result = method.fn(xs, **arguments)
+    except Exception as fault:
+        if isinstance(fault, MergeError) or method.module.startswith("mergekit_lite."):
+            raise
+        raise MergeError(f"method `{method.name}` failed: {fault!r}", hint=_blame(method)) from fault
+    if not isinstance(result, Tensor) or result.numel() != numel:
+        given = count(result.numel(), "number") if isinstance(result, Tensor) else f"a {type(result).__name__}"
+        message = f"method `{method.name}` gave {given} for a block of {count(numel, 'number')}"
+        raise MergeError(message, hint=_blame(method))
+    return result.reshape(-1)
+
+
+def _blame(method: Method) -> str:
+    return f"this is a fault of `{method.module}`, which brings the method"
