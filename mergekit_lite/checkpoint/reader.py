@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -38,7 +38,7 @@ class Reader:
     def __init__(self, shards: Iterable[ShardFile], max_open: int = MAX_OPEN_FILES):
         self._shards = {shard.path: shard for shard in shards}
         self._max_open = max_open
-        self._open: OrderedDict[str, _OpenFile] = OrderedDict()  # the least recently used first
+        self._open: OrderedDict[str, _OpenFile] = OrderedDict()  # the least recently opened first
         self._lock = threading.Lock()
         self._closed = False
 
@@ -90,15 +90,18 @@ class Reader:
         """
         if not 0 <= start_byte <= stop_byte <= meta.nbytes:
             raise ValueError(f"bytes [{start_byte}, {stop_byte}) of a tensor of {meta.nbytes}")
-        buffer = buffer.cast("B")
+        if buffer.format != "B":
+            buffer = buffer.cast("B")
         if len(buffer) != stop_byte - start_byte:
             raise ValueError(f"a buffer of {len(buffer)} bytes for {stop_byte - start_byte}")
-        with self._file(meta.file) as fd:
+        file = self._take(meta.file)
+        try:
             place, end = 0, len(buffer)
             while place < end:
                 try:
                     # Python itself repeats a call that a signal interrupted.
-                    count = os.preadv(fd, [buffer[place : place + _MAX_READ]], meta.start + start_byte + place)
+                    part = buffer[place : place + _MAX_READ] if place or end > _MAX_READ else buffer
+                    count = os.preadv(file.fd, [part], meta.start + start_byte + place)
                 except OSError as error:
                     raise InputError(
                         f"cannot read tensor `{meta.name}` from `{meta.file}`: {error.strerror}",
@@ -110,10 +113,13 @@ class Reader:
                         hint="download the file again and let nothing else write it during the run",
                     )
                 place += count
+        finally:
+            self._give_back(file)
 
-    @contextmanager
-    def _file(self, path: str) -> Iterator[int]:
-        """The descriptor of the file, open as long as the block lasts."""
+    # A pair of calls and no context manager, which would cost as much as the read of a small block.
+
+    def _take(self, path: str) -> _OpenFile:
+        """The file, open until it is given back."""
         with self._lock:
             if self._closed:
                 raise ValueError("the reader is closed")
@@ -121,19 +127,21 @@ class Reader:
             if file is None:
                 file = self._open[path] = _OpenFile(_open_unchanged(self._shards[path]))
             file.users += 1
-            self._open.move_to_end(path)
-            self._drop_idle(self._max_open)
-        try:
-            yield file.fd
-        finally:
-            with self._lock:
-                file.users -= 1
+            if len(self._open) > self._max_open:
+                self._open.move_to_end(path)
+                self._drop_idle(self._max_open)
+        return file
+
+    def _give_back(self, file: _OpenFile) -> None:
+        with self._lock:
+            file.users -= 1
+            if self._closed or len(self._open) > self._max_open:
                 self._drop_idle(0 if self._closed else self._max_open)
 
     def _drop_idle(self, keep: int) -> None:
-        """Closes files that no thread reads, the least recently used first, until `keep` are open. Under the lock."""
-        idle = [path for path, file in self._open.items() if not file.users] if len(self._open) > keep else []
-        for path in idle[: len(self._open) - keep]:
+        """Closes files that no thread reads, the least recently opened first, until `keep` are open. Under the lock."""
+        idle = [path for path, file in self._open.items() if not file.users]
+        for path in idle[: max(0, len(self._open) - keep)]:
             os.close(self._open.pop(path).fd)
 
 

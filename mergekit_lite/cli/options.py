@@ -29,7 +29,7 @@ Threads = Annotated[
 Block = Annotated[
     int | None,
     typer.Option(
-        "--block", metavar="N", min=1, help="Elements worked on at once; 131072 if left out.", show_default=False
+        "--block", metavar="N", min=1, help="Elements worked on at once; 262144 if left out.", show_default=False
     ),
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Use what is on this machine; never ask the Hub.")]

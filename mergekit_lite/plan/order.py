@@ -10,10 +10,10 @@ from mergekit_lite.checkpoint.meta import DTYPE_BITS
 from mergekit_lite.plan.model import Node, Output, OutTensor, Unit
 
 GRAIN = 1 << 16  # elements over which a statistic is summed at once; part of what defines the output's bytes
-BLOCK = 1 << 17  # elements of one block unless the run says otherwise; changes time and memory, never a byte
+BLOCK = 1 << 18  # elements of one block unless the run says otherwise; changes time and memory, never a byte
 SEGMENT = 1 << 24  # elements of one unit where a tensor can be cut: a unit is what a stopped run may have to redo
 COPY_BLOCK = 1 << 20  # bytes that a passthrough tensor is copied in: what a core's own cache holds
-THREAD = 1 << 22  # bytes of one thread's stack and of what its allocator keeps for later
+THREAD = 3 << 22  # bytes of one thread's stack and of what its allocator keeps for later
 STATISTIC = 3 << 21  # bytes that a statistic gathers at most: keys near a threshold and their places
 ROUNDS = 3  # passes over the inputs that a measured node usually takes besides the last one
 
