@@ -127,13 +127,15 @@ def run(
     block: int | None = None,
     resume: bool = False,
     strict: bool = False,
+    device: str = "cpu",
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Result:
     """Carry out `plan`: write every output folder whole, or leave what is finished in `OUT.partial` for `resume`.
 
-    `strict` stops at the first non-finite number of an input. Raises StoppedError where the run cannot go on (the disk
-    is full, another run writes there), InputError where an input has changed or cannot be read, InterruptedRun on
-    Ctrl-C.
+    `strict` stops at the first non-finite number of an input. `device` is where kernels run: `cpu`, `cuda`, `cuda:1`,
+    or with `auto` the first GPU if there is one. Raises UsageError where there is no such device, StoppedError where
+    the run cannot go on (the disk is full, another run writes there), InputError where an input has changed or cannot
+    be read, InterruptedRun on Ctrl-C.
     """
     from mergekit_lite.checkpoint.reader import Reader
     from mergekit_lite.plan.lock import changed_inputs, changed_outputs, lock_text
@@ -144,6 +146,10 @@ def run(
 
     began = time.perf_counter()
     count = threads or default_threads()
+    if device != "cpu":
+        from mergekit_lite.run.device import find_device
+
+        find_device(device)  # before anything is written
     files = input_files(plan)
     with interruptible(plan), Reader(s for c in plan.checkpoints.values() for s in c.shards) as reader:
         reader.check()
@@ -160,7 +166,7 @@ def run(
                 digests.advance(now.read)
                 progress(now)
 
-            findings = execute(plan, reader, sink, journal, done, Options(count, block or BLOCK, strict, tell))
+            findings = execute(plan, reader, sink, journal, done, Options(count, block or BLOCK, strict, device, tell))
             sink.sync()
             shards = shard_digests(plan, count)
             inputs = digests.result(count)

@@ -32,4 +32,5 @@ Block = Annotated[
         "--block", metavar="N", min=1, help="Elements worked on at once; 262144 if left out.", show_default=False
     ),
 ]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1 or auto.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Use what is on this machine; never ask the Hub.")]

@@ -31,6 +31,7 @@ def run(
     offline: options.Offline = False,
     threads: options.Threads = None,
     block: options.Block = None,
+    device: options.Device = "cpu",
     json: options.Json = False,
 ) -> None:
     """Merge checkpoints as a recipe says.
@@ -45,7 +46,9 @@ def run(
         before = made.warnings
         show.warnings(before)
         with _resumable(), _display() as progress:
-            result = merge.run(made, threads=threads, block=block, resume=resume, strict=strict, progress=progress)
+            result = merge.run(
+                made, threads=threads, block=block, resume=resume, strict=strict, device=device, progress=progress
+            )
     found = findings(result)
     show.warnings(found)
     if json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -15,10 +16,11 @@ from torch import Tensor
 from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
 from mergekit_lite.checkpoint.meta import TensorMeta
 from mergekit_lite.plan.model import Node, OutTensor, Plan, Unit
+from mergekit_lite.run.device import DeviceLoader, find_device, lane
 from mergekit_lite.run.evaluate import Blocks, freeze, subset
 from mergekit_lite.run.nonfinite import note
 from mergekit_lite.run.pools import measure_pools
-from mergekit_lite.run.program import Source, Stats
+from mergekit_lite.run.program import Loader, Loads, Source, Stats
 from mergekit_lite.run.sink import Sink
 from mergekit_lite.run.threads import keep_freed_blocks, one_thread_per_operation
 
@@ -61,22 +63,30 @@ class Computer:
         roots = [tensor.node for _, tensor in unit.targets]
         blocks = replace(self.blocks, watch=watch, report=report)
         stats = subset(self.stats, roots)
-        blocks.measure(roots, stats)
-        for start, values in blocks.last(roots, unit.start, unit.stop, stats):
-            for (output, tensor), value in zip(unit.targets, values, strict=True):
-                stored = value.to(TORCH_DTYPES[tensor.dtype])
-                if tensor.dtype in NARROW:
-                    _count_overflow(tensor, value, stored, found["overflow"])
-                sink.write(output, tensor, start, stored)
+        with blocks.lane():
+            blocks.measure(roots, stats)
+            for start, values in blocks.last(roots, unit.start, unit.stop, stats):
+                for (output, tensor), value in zip(unit.targets, values, strict=True):
+                    stored = value.to(TORCH_DTYPES[tensor.dtype])
+                    if tensor.dtype in NARROW:
+                        _count_overflow(tensor, value, stored, found["overflow"])
+                    sink.write(output, tensor, start, stored.cpu())
 
 
 @contextmanager
-def computing(plan: Plan, source: Source, block: int, strict: bool, stopped: Callable[[], None]) -> Iterator[Computer]:
-    """A computer for `plan`, with torch and the allocator set for many threads as long as it is in use."""
+def computing(
+    plan: Plan, source: Source, block: int, strict: bool, stopped: Callable[[], None], device: str = "cpu"
+) -> Iterator[Computer]:
+    """A computer for `plan`, with torch and the allocator set for many threads as long as it is in use. Raises
+    UsageError where there is no such device."""
     compute = torch.float64 if plan.recipe.compute == "float64" else torch.float32
+    place = find_device(device)
+    loader: Callable[[], Loads] = functools.partial(Loader, source, compute)
+    if place.type != "cpu":
+        loader = functools.partial(DeviceLoader, source, compute, place)
     keep_freed_blocks()
     with one_thread_per_operation():
-        yield Computer(Blocks(source, compute, block, stopped), strict, {})
+        yield Computer(Blocks(loader, block, stopped, lane(place)), strict, {})
 
 
 def _count_overflow(tensor: OutTensor, value: Tensor, stored: Tensor, found: dict[str, int]) -> None:

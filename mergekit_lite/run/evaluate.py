@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoint.meta import TensorMeta
 from mergekit_lite.methods.measure import Measure, Part
 from mergekit_lite.plan.model import Node
 from mergekit_lite.plan.order import grain_of, walk
-from mergekit_lite.run.program import Loader, Program, Source, Stats
+from mergekit_lite.run.program import Loads, Program, Stats
 
 
 @dataclass
 class Blocks:
-    """Computes nodes block by block: `compute` is the dtype of the arithmetic, `block` the elements of one block (at
-    least one grain). `watch` is told of every loaded block of the last pass; `report` of every step of a long iteration
-    in a node; `stopped` is asked between blocks and steps."""
+    """Computes nodes block by block: `loader` makes what loads them, `block` is the elements of one block (at least one
+    grain). `watch` is told of every loaded block of the last pass; `report` of every step of a long iteration in a
+    node; `stopped` is asked between blocks and steps. A thread works in a `lane`."""
 
-    source: Source
-    compute: torch.dtype
+    loader: Callable[[], Loads]
     block: int
     stopped: Callable[[], None]
+    lane: Callable[[], AbstractContextManager[Any]] = nullcontext
     watch: Callable[[TensorMeta, Tensor], None] | None = None
     report: Callable[[Node, int, int], None] = field(default=lambda node, done, total: None)
 
@@ -42,7 +42,7 @@ class Blocks:
     def last(self, roots: Sequence[Node], start: int, stop: int, stats: Stats) -> Iterator[tuple[int, list[Tensor]]]:
         """The last pass over elements [start, stop) of `roots`: where a block begins, and the block of every root,
         flat, in the compute dtype."""
-        program = Program(roots, Loader(self.source, self.compute), stats, self.watch, self._step)
+        program = Program(roots, self.loader(), stats, self.watch, self._step)
         for begin, end in self.spans(list(walk(roots)), start, stop):
             yield begin, program.run(begin, end)
 
@@ -64,7 +64,7 @@ class Blocks:
         active = list(work)
         nodes = list(walk(node for node, _ in work))
         grain = grain_of(nodes)
-        loader = Loader(self.source, self.compute)
+        loader = self.loader()
         program: Program | None = None
         for start, stop in self.spans(nodes, 0, work[0][0].numel):
             if program is None:

@@ -53,6 +53,7 @@ class Options:
     threads: int = 1
     block: int = 1 << 16
     strict: bool = False
+    device: str = "cpu"
     progress: Callable[[Progress], None] = field(default=lambda progress: None)
 
 
@@ -112,7 +113,7 @@ def execute(
         return run.go()  # without torch, whose import takes longer than many a copy
     from mergekit_lite.run.compute import computing
 
-    with computing(plan, run.source, options.block, options.strict, run.check) as run.computer:
+    with computing(plan, run.source, options.block, options.strict, run.check, options.device) as run.computer:
         return run.go()
 
 

@@ -97,8 +97,9 @@ def _round(
 
     def one(work: list[tuple[str, Node, Part]]) -> list[tuple[str, Node]]:
         local = dict(stats)
-        blocks.measure([node for _, node, _ in work], local)
-        blocks.feed([(node, part) for _, node, part in work], local)
+        with blocks.lane():
+            blocks.measure([node for _, node, _ in work], local)
+            blocks.feed([(node, part) for _, node, part in work], local)
         return [(name, node) for name, node, _ in work]
 
     # As they finish, so that a failure is not left waiting behind a tensor that takes long.

@@ -29,6 +29,14 @@ class Source(Protocol):
         ...
 
 
+class Loads(Protocol):
+    """Loads blocks of stored tensors in the dtype of the arithmetic, to where the kernels run. For one thread."""
+
+    def load(self, meta: TensorMeta, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a tensor, flat, in memory of their own."""
+        ...
+
+
 @dataclass(slots=True)
 class Loader:
     """Stored numbers in the dtype of the arithmetic. Reads by way of one buffer, which stays in a core's cache. For one
@@ -95,7 +103,7 @@ class Program:
     def __init__(
         self,
         roots: Sequence[Node],
-        loader: Loader,
+        loader: Loads,
         stats: Stats,
         watch: Callable[[TensorMeta, Tensor], None] | None = None,
         step: Callable[[Node, int, int], None] | None = None,
