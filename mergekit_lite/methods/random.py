@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from mergekit_lite.lazy import Tensor, torch
 
+_CANONICAL = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
+
 
 def derive_key(*parts: str | int) -> int:
     """64 bits that stand for `parts`: the first 8 bytes, little-endian, of the SHA-256 of their canonical JSON."""
-    text = json.dumps(parts, ensure_ascii=True, separators=(",", ":"))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    return int.from_bytes(hashlib.sha256(_CANONICAL.encode(parts).encode()).digest()[:8], "little")
 
 
 def uniform_words(key: int, start: int, n: int) -> NDArray[np.uint32]:
