@@ -68,6 +68,7 @@ def _measure(params: Params, inputs: int, numels: Sequence[int]) -> Staged:
     reach=_reach,
     paper="PCB-Merging, NeurIPS 2024, arXiv 2410.02396",
     measure=_measure,
+    rounds=2,
 )
 def pcb(xs: Sequence[Tensor], ratio: float, lambda_: float, scope: str, stat: tuple[Any, ...] | None = None) -> Tensor:
     """Weigh every entry by its size in its model and its agreement with the others, drop the least: PCB-Merging.

@@ -82,6 +82,7 @@ def _measure(params: Params, inputs: int, numels: Sequence[int]) -> Staged:
     reach="measured",
     paper="FuseChat, 2024, arXiv 2408.07990",
     measure=_measure,
+    rounds=4,
     positioned=True,
 )
 def sce(

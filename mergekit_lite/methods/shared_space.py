@@ -107,6 +107,7 @@ def _measure(params: Params, inputs: int, numels: Sequence[int]) -> Staged:
     takes="delta",
     reach="pooled",
     measure=_measure,
+    rounds=3,
     positioned=True,
     public=False,
     paper=PAPER,

@@ -148,6 +148,7 @@ def _row_top(keys: Tensor, k: int) -> Tensor:
     reach=_reach,
     paper="TIES, NeurIPS 2023, arXiv 2306.01708; DARE, ICML 2024, arXiv 2311.03099; Breadcrumbs, arXiv 2312.06795",
     measure=_measure,
+    rounds=2,
     pick=_pick,
     check=_check,
     remark=_remark,

@@ -152,9 +152,9 @@ class Method:
 
     `shape(shapes)` gives the shape of the result where it is not that of the first input; only methods of matrix reach
     can have and read such results. `reach` is one of `Reach`, or a function of the parameters that gives one.
-    `measure(params, inputs, numels)` gives a fresh `Measure` (see methods/measure.py) for tensors of these sizes.
-    `pick(params, inputs)` gives the index of the input that the call returns unchanged, bit for bit, or None. For both,
-    `inputs` counts `xs`, the base included.
+    `measure(params, inputs, numels)` gives a fresh `Measure` (see methods/measure.py) for tensors of these sizes; it
+    usually takes `rounds` passes. `pick(params, inputs)` gives the index of the input that the call returns unchanged,
+    bit for bit, or None. For both, `inputs` counts `xs`, the base included.
     `beside(params)` is for a method with row reach whose inputs after the first have shapes of their own: how each of
     them is read for a block of rows. They come to `fn` as matrices, in the compute dtype.
     `check(params, inputs)` gives what is wrong with a combination of settings, `remark` what deserves a warning; both
@@ -173,6 +173,7 @@ class Method:
     base: Literal["no", "optional", "required"] = "no"
     paper: str = ""
     measure: Callable[[Params, int, Sequence[int]], Any] | None = None
+    rounds: int = 1
     pick: Callable[[Params, int], int | None] | None = None
     check: Callable[[Params, int], str | None] | None = None
     remark: Callable[[Params, int], str | None] | None = None

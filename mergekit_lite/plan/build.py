@@ -22,7 +22,7 @@ from mergekit_lite.plan.check import check_places
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.layout import build_output
 from mergekit_lite.plan.model import Node, Output, Plan, StepView
-from mergekit_lite.plan.order import BLOCK, GRAIN, bytes_read, make_units, peak_bytes, walk
+from mergekit_lite.plan.order import BLOCK, GRAIN, bytes_read, input_bytes, make_units, peak_bytes, walk
 from mergekit_lite.plan.settings import check_steps, constant, references_of, statistics
 from mergekit_lite.plan.stack import build_stack
 from mergekit_lite.plan.steps import Source, build_step, idle_globs
@@ -117,6 +117,7 @@ def _build(
         units=units,
         pools=pools,
         bytes_read=bytes_read(units, pools),
+        bytes_input=input_bytes(units),
         bytes_written=sum(output.nbytes for output in outputs),
         peak_bytes=peak_bytes(units, pools, threads, block, size),
         digest=_digest(recipe, outputs, pools, checkpoints),

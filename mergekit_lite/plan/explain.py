@@ -19,7 +19,7 @@ def summary(plan: Plan, threads: int) -> list[str]:
     lines = _aligned(calls)
     shards = count(sum(len(output.shards) for output in plan.outputs), "shard")
     costs = [
-        f"read {size(plan.bytes_read)}",
+        f"read {size(plan.bytes_read)}{_passes(plan)}",
         f"write {size(plan.bytes_written)} in {shards}",
         f"peak {size(plan.peak_bytes)}",
         f"cpu, {count(threads, 'thread')}",
@@ -30,6 +30,12 @@ def summary(plan: Plan, threads: int) -> list[str]:
         files = [(s.file, size(s.nbytes), count(len(s.tensors), "tensor")) for s in output.shards]
         lines += [f"  {text}" for text in _aligned(files)]
     return lines
+
+
+def _passes(plan: Plan) -> str:
+    """` (4.0×)` where the inputs are read more than once."""
+    passes = plan.bytes_read / plan.bytes_input if plan.bytes_input else 1.0
+    return f" ({passes:.1f}×)" if passes > 1.05 else ""
 
 
 def call(step: StepView) -> str:

@@ -118,9 +118,10 @@ class StepView:
 class Plan:
     """All that a run does. `digest` names the bytes that come out: same digest, same bytes.
 
-    `bytes_read` counts every pass over the inputs, `bytes_written` the shards, `peak_bytes` the anonymous memory that
-    the blocks of `threads` threads need at most. `tied` are pairs of stored tensors (alias, canonical) that must hold
-    the same numbers, since the configuration says that they are one: only the canonical one is merged.
+    `bytes_read` counts every pass over the inputs, `bytes_input` each input tensor once, `bytes_written` the shards,
+    `peak_bytes` the anonymous memory that the blocks of `threads` threads need at most. `tied` are pairs of stored
+    tensors (alias, canonical) that must hold the same numbers, since the configuration says that they are one: only the
+    canonical one is merged.
     """
 
     recipe: Recipe
@@ -130,6 +131,7 @@ class Plan:
     units: tuple[Unit, ...]
     pools: Mapping[str, tuple[Node, ...]]
     bytes_read: int
+    bytes_input: int
     bytes_written: int
     peak_bytes: int
     digest: str

@@ -15,7 +15,6 @@ SEGMENT = 1 << 24  # elements of one unit where a tensor can be cut: a unit is w
 COPY_BLOCK = 1 << 20  # bytes that a passthrough tensor is copied in: what a core's own cache holds
 THREAD = 3 << 22  # bytes of one thread's stack and of what its allocator keeps for later
 STATISTIC = 3 << 21  # bytes that a statistic gathers at most: keys near a threshold and their places
-ROUNDS = 3  # passes over the inputs that a measured node usually takes besides the last one
 
 
 def walk(roots: Iterable[Node]) -> Iterator[Node]:
@@ -91,11 +90,21 @@ def bytes_read(units: Sequence[Unit], pools: Mapping[str, Sequence[Node]]) -> in
         total += _pass_bytes(unit.nodes, unit.stop - unit.start)
         measured = [n for n in unit.nodes if n.reach == "measured"]
         if measured:
-            total += ROUNDS * _pass_bytes(list(walk(measured)), unit.stop - unit.start)
+            total += _rounds(measured) * _pass_bytes(list(walk(measured)), unit.stop - unit.start)
     # Pools that look at the same inputs are fed together.
     pooled = [node for members in pools.values() for node in members]
-    total += ROUNDS * sum(load_bytes(n, n.numel) for n in walk(pooled))
+    total += _rounds(pooled) * sum(load_bytes(n, n.numel) for n in walk(pooled))
     return total
+
+
+def _rounds(nodes: Iterable[Node]) -> int:
+    """Passes that the statistics of these nodes usually take together."""
+    return max((node.method.rounds for node in nodes if node.method is not None), default=0)
+
+
+def input_bytes(units: Sequence[Unit]) -> int:
+    """Bytes of all stored tensors that the units read, each once."""
+    return sum(load_bytes(n, n.numel) for n in {n.id: n for unit in units for n in unit.nodes}.values())
 
 
 def _pass_bytes(nodes: Sequence[Node], numel: int) -> int:
