@@ -111,9 +111,10 @@ def elect(
     sign = weighted_sum(xs, weight).sign_()
     fill = 1 if zero_sign == "positive" else stat or 0
     if fill:
-        sign.add_((1 - sign.abs()).mul_(fill))
-    total = torch.zeros_like(sign)
-    share = torch.zeros_like(sign) if aggregate == "mean" else None
+        # -1, fill and 1 from -1, 0 and 1.
+        sign.mul_(2).add_(fill).sign_()
+    total: Tensor | None = None
+    share: Tensor | None = None
     for x, w in zip(xs, weight, strict=True):
         if w == 0:
             continue
@@ -121,11 +122,15 @@ def elect(
         agreed = (x * sign).relu_() if w > 0 else (x * sign).neg_().relu_()
         size = abs(w)
         if aggregate == "max":
-            total = torch.maximum(total, agreed)
+            total = agreed if total is None else torch.maximum(total, agreed)
             continue
-        if share is not None:
-            share.add_(agreed.sign() if w == 1 else agreed.sign().mul_(w if compat else size))
-        total.add_(agreed if size == 1 else agreed.mul_(size))
+        if aggregate == "mean":
+            part = agreed.sign() if w == 1 else agreed.sign().mul_(w if compat else size)
+            share = part if share is None else share.add_(part)
+        part = agreed if size == 1 else agreed.mul_(size)
+        total = part if total is None else total.add_(part)
+    if total is None:
+        return torch.zeros_like(sign)
     # Which of two zeros is the maximum is left open, so the sign of a zero is cleared.
     total.abs_()
     if share is not None:
