@@ -27,18 +27,20 @@ HEAD = ("head.weight", "head.bias")
 @dataclass(frozen=True)
 class Setting:
     """How everything is trained. `train` and `validation` are numbers of images, the test split is the rest. Pixels lie
-    in [0, 1]; if `standardized`, they have mean 0 and deviation 1 over a task's training images."""
+    between 0 and `white`; `noise` is the deviation of what is added to them. If `standardized`, they then get mean 0
+    and deviation 1 over a task's training images. A base of 0 epochs keeps its initial weights."""
 
     width: int = 512
     train: int = 1000
     validation: int = 250
-    standardized: bool = False
+    white: float = 1.0
+    standardized: bool = True
     noise: float = 0.3
-    base_batch: int = 128
-    base_epochs: int = 20
+    base_batch: int = 64
+    base_epochs: int = 0
     base_rate: float = 1e-3
-    head_epochs: int = 8
-    head_rate: float = 1e-2
+    head_epochs: int = 15
+    head_rate: float = 1e-3
     batch: int = 64
     epochs: int = 25
     rate: float = 2e-4
@@ -46,7 +48,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Task:
-    """How the digits (n, 8, 8) in [0, 1] are shown, what is asked of them, and how many answers there are."""
+    """How the digits (n, 8, 8) are shown, what is asked of them, and how many answers there are."""
 
     show: Callable[[Tensor], Tensor]
     label: Callable[[Tensor], Tensor]
@@ -71,8 +73,9 @@ class Experiment:
     data: Mapping[str, Data]
 
 
-def tasks(seed: int, noise: float) -> dict[str, Task]:
-    """The eight tasks; the shuffles and the noise, of standard deviation `noise`, are drawn from `seed`."""
+def tasks(seed: int, noise: float, white: float) -> dict[str, Task]:
+    """The eight tasks on pixels from 0 to `white`; the shuffles and the noise, of standard deviation `noise`, are drawn
+    from `seed`."""
     generator = torch.Generator().manual_seed(1000 + seed)
     rows, columns = torch.randperm(8, generator=generator), torch.randperm(8, generator=generator)
     grain = noise * torch.randn(2000, 8, 8, generator=generator)
@@ -84,7 +87,7 @@ def tasks(seed: int, noise: float) -> dict[str, Task]:
         "upright": Task(lambda x: x, same, 10),
         "rot90": Task(lambda x: torch.rot90(x, 1, (1, 2)), same, 10),
         "rot180": Task(lambda x: torch.rot90(x, 2, (1, 2)), same, 10),
-        "negative": Task(lambda x: 1 - x, same, 10),
+        "negative": Task(lambda x: white - x, same, 10),
         "flip": Task(lambda x: x.flip(2), same, 10),
         "row_parity": Task(lambda x: x[:, rows], lambda y: y % 2, 2),
         "noisy_large": Task(lambda x: x + grain[: len(x)], lambda y: (y >= 5).long(), 2),
@@ -115,12 +118,12 @@ def experiment(seed: int, setting: Setting, cache: Path) -> Experiment:
     """The models of one seed, trained (some twenty seconds on one core) or read from the folder `cache`."""
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(seed))
-    images = torch.tensor(digits.images / 16, dtype=torch.float32)[order]
+    images = torch.tensor(digits.images / 16 * setting.white, dtype=torch.float32)[order]
     labels = torch.tensor(digits.target)[order]
     held = setting.train + setting.validation
     cuts = {"train": slice(0, setting.train), "validation": slice(setting.train, held), "test": slice(held, None)}
 
-    kinds = tasks(seed, setting.noise)
+    kinds = tasks(seed, setting.noise, setting.white)
     shown: dict[str, dict[str, Tensor]] = {}
     asked: dict[str, dict[str, Tensor]] = {}
     for name, task in kinds.items():

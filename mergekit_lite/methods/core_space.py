@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
+from mergekit_lite.lazy import Tensor
 from mergekit_lite.methods.iso_c import flatten_spectrum
 from mergekit_lite.methods.knots import DENSITY, ENTRIES, check_rank, merge_entries
 from mergekit_lite.methods.random import derive_key
@@ -65,8 +64,9 @@ def core_space(
         out = lambda U merge(M_1 ... M_T) V^T,
 
     where `merge` is `tsv_m` or `iso_c`, or one of the entry-wise merges that `knots` explains, with every tensor by
-    itself. Nothing of the deltas is lost by going there: U M_t V^T = D_t. `tsv_m`, `iso_c` and `linear` give what they
-    give on the whole deltas, with small decompositions; the others depend on the directions.
+    itself. Nothing of the deltas is lost by going there: U M_t V^T = D_t. `tsv_m` and `linear` give what they give
+    on the whole deltas, with small decompositions, and so does `iso_c`, but that the mean is over the singular values
+    of the core, fewer and so larger; the others depend on the directions.
 
     Takes one or more deltas of one shape and gives that shape, in the dtype of the arithmetic; in double precision
     throughout. It works on whole deltas, not on the factors of an adapter: fold adapters into their base first. The

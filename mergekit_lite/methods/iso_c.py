@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
+from mergekit_lite.lazy import Tensor
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.select import keep_count
 from mergekit_lite.methods.spec import Block, Param
@@ -17,8 +16,9 @@ def flatten_spectrum(deltas: Sequence[Tensor], rank_share: float, svd: str, key:
     total = mean(deltas) * len(deltas)
     if not bool(total.any()):
         return total
-    found = triplets(total, keep_count(min(total.shape), rank_share), svd, key)
-    return found.s.mean() * (found.u @ found.v.T)
+    count = keep_count(min(total.shape), rank_share)
+    found = triplets(total, count, svd, key)
+    return found.s.sum() / count * (found.u @ found.v.T)
 
 
 @method(
@@ -35,16 +35,15 @@ def flatten_spectrum(deltas: Sequence[Tensor], rank_share: float, svd: str, key:
 def iso_c(xs: Sequence[Tensor], rank_share: float, lambda_: float, svd: str, block: Block) -> Tensor:
     """Add up the deltas and give every direction of the sum the same strength.
 
-    With sum_t D_t = U diag(s) V^T of rank r:
+    With sum_t D_t = U diag(s) V^T, m by n, and r = min(m, n):
 
-        out = lambda mean(s_1 ... s_r) U V^T.
+        out = lambda (s_1 + ... + s_r) / r U V^T.
 
     Takes one or more deltas of one shape and gives that shape, in the dtype of the arithmetic; the decomposition is in
     double precision. Tensors of three or more axes count as matrices (first axis, the rest); vectors, scalars and
-    matrices with a side of 1 are averaged, times lambda. r counts the singular values above a millionth of the largest:
-    the published code also spreads the mean, over all min(m, n), into directions that no model has changed, which are
-    arbitrary. Only low-rank sums differ. `rank_share` below 1 keeps the largest triplets alone; `svd: randomised` is of
-    use only then.
+    matrices with a side of 1 are averaged, times lambda. The mean is that of the published code, but directions whose
+    singular value is at most a millionth of the largest stay out of U V^T: which ones a decomposition finds there is
+    chance. `rank_share` below 1 keeps the largest triplets alone, r of them; `svd: randomised` is of use only then.
 
     Source: Marczak et al., No Task Left Behind, ICML 2025, arXiv 2502.04959.
     """

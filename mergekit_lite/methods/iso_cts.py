@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
+from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.random import derive_key
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.select import drop_count
@@ -35,7 +33,7 @@ def _merged(deltas: Sequence[Tensor], common_share: float, svd: str, key: int) -
     if not len(s):
         return total
     u, v = (polar(torch.cat(parts, dim=1)) for parts in zip(*((t.u, t.v) for t in found), strict=True))
-    return s.mean() * (u @ v.T)
+    return s.sum() / (common + own * len(deltas)) * (u @ v.T)
 
 
 @method(
@@ -55,12 +53,13 @@ def iso_cts(xs: Sequence[Tensor], common_share: float, lambda_: float, svd: str,
     1. U_c, s_c, V_c: the largest singular triplets of sum_t D_t, a share of `common_share` of all r = min(m, n).
     2. U_t, s_t, V_t: of each D_t - U_c U_c^T D_t the largest triplets, round((1 - common_share) r / T) of them, in
        place of the smallest shared ones.
-    3. out = lambda mean(s) orth(U) orth(V)^T, with U = [U_1 ... U_T U_c], V and s alike, orth(P C Q^T) = P Q^T.
+    3. out = lambda (s_1 + ... + s_r) / r orth(U) orth(V)^T, with U = [U_1 ... U_T U_c], V and s alike, orth(P C Q^T) =
+       P Q^T.
 
     Takes one or more deltas of one shape and gives that shape, in the dtype of the arithmetic; decompositions are in
     double precision. Tensors of three or more axes count as matrices (first axis, the rest); vectors, scalars and
     matrices with a side of 1 are averaged, times lambda. Triplets whose singular value is at most a millionth of the
-    largest norm of a delta are left out, since their directions are arbitrary, and do not count in the mean.
+    largest norm of a delta are left out, since their directions are arbitrary; r counts them all the same.
     `svd: randomised` serves step 2; the sum's decomposition is exact.
 
     Source: Marczak et al., No Task Left Behind, ICML 2025, arXiv 2502.04959 (common_share 0.8).

@@ -89,6 +89,16 @@ def test_regmean_in_turn_reads_the_inputs_behind_the_merged_layers(bench: eight_
     assert not torch.allclose(found["encoder.layers.2.weight"], plain["encoder.layers.2.weight"], atol=1e-4)
 
 
+def test_magnitude_masks_take_the_sum_where_a_task_changes_most(bench: eight_merges.Bench):
+    found = bench.merge(eight_merges.MAGNITUDE, {"density": 0.1}, "flip")
+    base = bench.models["base"]
+    deltas = {t: torch.cat([(bench.models[t][n] - base[n]).flatten() for n in base]) for t in bench.tasks}
+    most = deltas["flip"].abs().argsort(descending=True)[: len(deltas["flip"]) // 10]
+    expected = torch.cat([w.flatten() for w in base.values()])
+    expected[most] += sum(deltas.values())[most]
+    torch.testing.assert_close(torch.cat([found[n].flatten() for n in base]), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_settings_are_chosen_without_the_test_split(bench: eight_merges.Bench):
     """Labels of the test split that are all wrong change what is measured, not what is chosen."""
     row = eight_merges.Row("task_arithmetic", choices=eight_merges.FACTOR)
