@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from mergekit_lite.plan.model import Plan
     from mergekit_lite.run.execute import Progress
+    from mergekit_lite.run.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,48 +130,77 @@ def run(
     strict: bool = False,
     device: str = "cpu",
     progress: Callable[[Progress], None] = lambda progress: None,
+    ranks: Ranks | None = None,
 ) -> Result:
     """Carry out `plan`: write every output folder whole, or leave what is finished in `OUT.partial` for `resume`.
 
     `strict` stops at the first non-finite number of an input. `device` is where kernels run: `cpu`, `cuda`, `cuda:1`,
-    or with `auto` the first GPU if there is one. Raises UsageError where there is no such device, StoppedError where
-    the run cannot go on (the disk is full, another run writes there), InputError where an input has changed or cannot
-    be read, InterruptedRun on Ctrl-C.
+    or with `auto` the first GPU if there is one. `ranks` are the processes that share the merge, each of which calls
+    this with the plan that they agreed on (`Ranks.agree`); rank 0 gives the result of all, the others that of their
+    share. Raises UsageError where there is no such device, StoppedError where the run cannot go on (the disk is full,
+    another run writes there, another rank failed), InputError where an input has changed or cannot be read,
+    InterruptedRun on Ctrl-C.
     """
     from mergekit_lite.checkpoint.reader import Reader
     from mergekit_lite.plan.lock import changed_inputs, changed_outputs, lock_text
     from mergekit_lite.plan.order import BLOCK
     from mergekit_lite.run.digest import Digests, file_digests
-    from mergekit_lite.run.finish import complete, input_files, shard_digests, wanted_parts
-    from mergekit_lite.run.start import check_tied, interruptible, open_run
+    from mergekit_lite.run.execute import Findings, Options, execute
+    from mergekit_lite.run.finish import collect, complete, input_files, shard_digests, wanted_parts
+    from mergekit_lite.run.peers import LAST, Peers
+    from mergekit_lite.run.ranks import ALONE, divide
+    from mergekit_lite.run.start import check_tied, interruptible, open_together
 
     began = time.perf_counter()
-    count = threads or default_threads()
-    if device != "cpu":
-        from mergekit_lite.run.device import find_device
-
-        find_device(device)  # before anything is written
+    ranks = ranks or ALONE
+    count = threads or max(1, default_threads() // len(ranks.here))
     files = input_files(plan)
-    with interruptible(plan), Reader(s for c in plan.checkpoints.values() for s in c.shards) as reader:
+    shares = divide(plan, files, ranks.count)
+    share = shares[ranks.number]
+    mine = [str(files[number]) for number in share.inputs]
+
+    def check() -> None:
+        if device != "cpu":
+            from mergekit_lite.run.device import find_device
+
+            find_device(device)
         reader.check()
+        if ranks.number:
+            return
         if plan.recipe.lock is not None:
             problems = changed_inputs(plan.recipe, plan, file_digests(files, count))
             if problems:
                 raise RecipeError(problems)
         check_tied(plan, reader)
-        with open_run(plan, resume) as (sink, journal, done), Digests(wanted_parts(plan), map(str, files)) as digests:
-            # Only now, so that the digests are under way while torch is imported.
-            from mergekit_lite.run.execute import Options, execute
 
-            def tell(now: Progress) -> None:
-                digests.advance(now.read)
-                progress(now)
+    with (
+        interruptible(plan),
+        Reader(s for c in plan.checkpoints.values() for s in c.shards) as reader,
+        open_together(plan, resume, ranks, check) as (sink, journal, done, name),
+        Digests(wanted_parts(share.units, set(mine)), mine) as digests,
+        Peers(plan, ranks, journal, done.units.keys() - {unit.id for unit in share.units}, name) as peers,
+    ):
 
-            findings = execute(plan, reader, sink, journal, done, Options(count, block or BLOCK, strict, device, tell))
-            sink.sync()
-            shards = shard_digests(plan, count)
-            inputs = digests.result(count)
-            reader.check()  # so that the lock speaks of the files that were merged
+        def tell(now: Progress) -> None:
+            digests.advance(now.read)
+            progress(peers.widen(now))
+
+        ours = done.among(unit.id for unit in share.units)
+        options = Options(count, block or BLOCK, strict, device, tell, peers.check)
+        findings = execute(replace(plan, units=share.units), reader, sink, journal, ours, options)
+        sink.sync()
+        merged = peers.exchange("merged", asdict(findings), lambda: peers.again(progress))
+        written = shard_digests(plan, share.shards, count)
+        read = digests.result(count)
+        reader.check()  # so that the lock speaks of the files that were merged
+        digested = [[read[path] for path in mine], written]
+        if ranks.number:
+            peers.leave(digested)
+            inputs, shards = collect(plan, [share], [digested])
+        else:
+            inputs, shards = collect(plan, shares, peers.exchange(LAST, digested))
+            findings = Findings.sum(merged)
+            journal.absorb()
             complete(plan, lock_text(plan, inputs, shards))
     return Result(
         outputs=tuple(output.to for output in plan.outputs),

@@ -58,7 +58,9 @@ def free_bytes(path: Path) -> int:
 class ShardFileWriter:
     """One output file of a size known beforehand. Threads may write to it at once. A context manager.
 
-    Every failure of the operating system is a StoppedError, since what is written so far is kept.
+    Every failure of the operating system is a StoppedError, since what is written so far is kept. Files are opened for
+    writing alone: where several machines write one file, an NFS client that may read it would fill up a page around a
+    small write and send all of it back, over what another machine has written there meanwhile.
     """
 
     def __init__(self, path: Path, fd: int, nbytes: int):
@@ -74,7 +76,7 @@ class ShardFileWriter:
         """
         fd = -1
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             _reserve(fd, nbytes)
         except OSError as error:
             if fd >= 0:
@@ -96,7 +98,7 @@ class ShardFileWriter:
     def open(cls, path: Path, nbytes: int) -> ShardFileWriter:
         """The file that `create` made in an earlier run, to go on with. It must have `nbytes` bytes."""
         try:
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             size = os.fstat(fd).st_size
         except OSError as error:
             raise StoppedError(f"cannot open `{path}`: {error.strerror}") from error

@@ -27,6 +27,7 @@ from mergekit_lite.cli.doctor import doctor
 from mergekit_lite.cli.inspect import inspect
 from mergekit_lite.cli.methods import methods
 from mergekit_lite.cli.plan import PlanCommand, plan
+from mergekit_lite.cli.processor import choose_sorts
 from mergekit_lite.cli.run import run
 from mergekit_lite.errors import InterruptedRun, MergeError, Problem, UsageError, did_you_mean, printable
 
@@ -87,6 +88,7 @@ def main() -> None:
     # A terminal that cannot show a character gets its number instead of a crash.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    choose_sorts()
     sys.exit(execute(sys.argv[1:]))
 
 

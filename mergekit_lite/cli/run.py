@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_lite.cli import options, show
-from mergekit_lite.errors import InterruptedRun, Problem
+from mergekit_lite.errors import InterruptedRun, MergeError, Problem
 
 if TYPE_CHECKING:
     from mergekit_lite.merge import Result
     from mergekit_lite.plan.model import Plan
     from mergekit_lite.run.execute import Progress
+    from mergekit_lite.run.ranks import Ranks
 
 SHOWN = 5  # tensors that a warning names before it only counts
 
@@ -40,15 +41,35 @@ def run(
     --resume goes on to the same bytes. A lock file is a recipe too: running it tells whether the bytes are the same.
     """
     from mergekit_lite import merge
+    from mergekit_lite.run.ranks import launched, launched_alone
 
-    with _terminate_as_interrupt():
-        made = merge.plan(merge.load_recipe(recipe, set_ or ()), out=out, threads=threads, block=block, offline=offline)
+    if launched_alone():
+        hint = "for several processes on CPUs: `accelerate launch --multi_gpu`, which needs no GPU, or `torchrun`"
+        show.warnings([Problem("accelerate has started one process", None, hint)])
+    ranks = launched(show.note)
+    with _terminate_as_interrupt(ranks), _one_voice(ranks):
+
+        def make() -> Plan:
+            read = merge.load_recipe(recipe, set_ or ())
+            return merge.plan(read, out=out, threads=threads, block=block, offline=offline)
+
+        made = ranks.agree(make, resume=resume, strict=strict)
         before = made.warnings
-        show.warnings(before)
-        with _resumable(), _display() as progress:
+        if not ranks.number:
+            show.warnings(before)
+        with _resumable(), _display(ranks.number == 0) as progress:
             result = merge.run(
-                made, threads=threads, block=block, resume=resume, strict=strict, device=device, progress=progress
+                made,
+                threads=threads,
+                block=block,
+                resume=resume,
+                strict=strict,
+                device=device,
+                progress=progress,
+                ranks=ranks,
             )
+    if ranks.number:
+        return
     found = findings(result)
     show.warnings(found)
     if json:
@@ -118,8 +139,9 @@ def _counted(found: Any) -> str:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM stops a run the way Ctrl-C does: what is finished is kept."""
+def _terminate_as_interrupt(ranks: Ranks) -> Iterator[None]:
+    """SIGTERM stops a run the way Ctrl-C does: what is finished is kept. A launcher sends it to every rank once one of
+    them has ended; the last words of this one are not cut short by it."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -131,8 +153,25 @@ def _terminate_as_interrupt() -> Iterator[None]:
         return
     try:
         yield
+    except BaseException:
+        if ranks.count > 1:
+            before = signal.SIG_IGN
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _one_voice(ranks: Ranks) -> Iterator[None]:
+    """Of several ranks, rank 0 tells the user and prints JSON; the others tell only what it cannot know."""
+    try:
+        yield
+    except MergeError as fault:
+        if not ranks.number:
+            raise
+        if ranks.speaks(fault):
+            show.problems(fault.problems)
+        raise typer.Exit(fault.exit_code) from None
 
 
 @contextlib.contextmanager
@@ -145,10 +184,10 @@ def _resumable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _display() -> Iterator[Callable[[Progress], None]]:
+def _display(wanted: bool) -> Iterator[Callable[[Progress], None]]:
     """What to call with the run's progress: a display on a terminal, nothing elsewhere."""
     console = show.console(stderr=True)
-    if not console.is_terminal:
+    if not (wanted and console.is_terminal):
         yield lambda progress: None
         return
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn

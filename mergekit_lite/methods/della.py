@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.compat import COMPAT
@@ -41,6 +43,13 @@ def probabilities(length: int, density: float, epsilon: float) -> list[float]:
     if length == 1:
         return [density]
     return [density + epsilon - 2 * epsilon * place / (length - 1) for place in range(length)]
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(length: int, density: float, epsilon: float) -> tuple[NDArray[np.float64], NDArray[np.uint64]]:
+    """`probabilities` as an array, and in units of 2**-32."""
+    chances = np.array(probabilities(length, density, epsilon))
+    return chances, np.rint(chances * 2**32).astype(np.uint64)
 
 
 def _fault(density: float, epsilon: float) -> str | None:
@@ -95,18 +104,17 @@ def magprune(xs: Sequence[Tensor], density: float, epsilon: float, rescale: bool
     """
     x = xs[0].contiguous()
     rows, length = x.shape
-    chances = np.array(probabilities(length, density, epsilon))
+    chances, bounds = _tables(length, density, epsilon)
     order = by_rank(keys_of(x))
-    # Every entry's chance, in units of 2**-32.
-    bounds = np.empty(rows * length, dtype=np.uint64)
-    bounds[order] = np.rint(chances * 2**32).astype(np.uint64)
-    mask = uniform_words(block.key, block.start, rows * length) < bounds
-    kept = masked(x, torch.from_numpy(mask.reshape(rows, length)).to(x.device))
-    if not rescale:
-        return kept
-    factors = np.empty(rows * length)
-    factors[order] = chances
-    return kept.div_(torch.from_numpy(factors.reshape(rows, length)).to(kept))
+    # In the order of the magnitudes, where a row's chances are the same in every row, and back again.
+    mask = uniform_words(block.key, block.start, rows * length).take(order) < bounds
+    flat = x.cpu().numpy().reshape(-1)
+    ranked = torch.from_numpy(flat.take(order))
+    if rescale:
+        ranked.div_(torch.from_numpy(chances).to(ranked))
+    kept = np.empty_like(flat)
+    kept[order] = masked(ranked, torch.from_numpy(mask)).numpy()
+    return torch.from_numpy(kept).reshape(rows, length).to(x.device)
 
 
 def _dropped(

@@ -7,7 +7,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,7 @@ class Options:
     strict: bool = False
     device: str = "cpu"
     progress: Callable[[Progress], None] = field(default=lambda progress: None)
+    check: Callable[[], None] = field(default=lambda: None)  # called between blocks; raises to stop the run
 
 
 @dataclass
@@ -71,6 +72,16 @@ class Findings:
         for mine, theirs in ((self.nonfinite, entry["nonfinite"]), (self.overflow, entry["overflow"])):
             for name, count in theirs.items():
                 mine[name] = mine.get(name, 0) + count
+
+    @classmethod
+    def sum(cls, parts: Iterable[Mapping[str, Any]]) -> Findings:
+        """What several ranks saw, each of them given as a dictionary."""
+        total = cls()
+        for part in parts:
+            total.add(part)
+            total.bytes_read += part["bytes_read"]
+            total.resumed += part["resumed"]
+        return total
 
 
 class _Stop(BaseException):
@@ -138,11 +149,11 @@ class _Run:
         self.unsafe: list[tuple[int, dict[str, Any]]] = []
         self.safe_at = time.monotonic()
         self.written = 0
-        self.total = sum(_weight(unit) for unit in plan.units)
+        self.total = sum(written(unit) for unit in plan.units)
         for unit in plan.units:
             if unit.id in done.units:
                 self.findings.add(done.units[unit.id])
-                self.written += _weight(unit)
+                self.written += written(unit)
 
     def go(self) -> Findings:
         try:
@@ -171,6 +182,7 @@ class _Run:
     def check(self) -> None:
         if self.stop.is_set():
             raise _Stop
+        self.options.check()
 
     # Statistics over all tensors
 
@@ -222,7 +234,7 @@ class _Run:
                 elif isinstance(got, BaseException):
                     raise got
                 elif isinstance(got, _Within):
-                    ahead = int(got.share * _weight(got.unit))
+                    ahead = int(got.share * written(got.unit))
                     self.ahead[got.unit.id] = max(ahead, self.ahead.get(got.unit.id, 0))
                     self._tell(got.unit, count, got.steps)
                 else:
@@ -235,7 +247,7 @@ class _Run:
     def _take(self, unit: Unit, found: dict[str, Any]) -> None:
         self.findings.add(found)
         self.unsafe.append((unit.id, found))
-        self.written += _weight(unit)
+        self.written += written(unit)
         self.ahead.pop(unit.id, None)
 
     def _tell(self, unit: Unit, count: int, within: tuple[int, int] | None = None) -> None:
@@ -296,6 +308,6 @@ class _Run:
         return report
 
 
-def _weight(unit: Unit) -> int:
+def written(unit: Unit) -> int:
     """Bytes that a unit writes."""
     return sum((unit.stop - unit.start) * DTYPE_BITS[t.dtype] // 8 for _, t in unit.targets)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 from mergekit_lite.checkpoint.extras import copy_extras, output_config
 from mergekit_lite.errors import StoppedError
 from mergekit_lite.plan.layout import INDEX
 from mergekit_lite.plan.lock import NAME as LOCK
-from mergekit_lite.plan.model import Output, Plan
+from mergekit_lite.plan.model import Output, Plan, Unit
 from mergekit_lite.run.digest import file_digests
 from mergekit_lite.run.journal import NAME as JOURNAL
+from mergekit_lite.run.ranks import Share
 from mergekit_lite.run.sink import partial
 
 RECIPE = "recipe.yaml"
@@ -23,22 +25,40 @@ def input_files(plan: Plan) -> list[Path]:
     return [Path(path) for path in dict.fromkeys(f.path for c in plan.checkpoints.values() for f in c.shards)]
 
 
-def wanted_parts(plan: Plan) -> list[tuple[str, int]]:
-    """The parts of the inputs in the order in which the units read them: `(path, last byte + 1)`."""
+def wanted_parts(units: Iterable[Unit], files: Container[str]) -> list[tuple[str, int]]:
+    """The parts of `files` in the order in which the units read them: `(path, last byte + 1)`."""
     parts = []
-    for unit in plan.units:
+    for unit in units:
         for node in unit.nodes:
-            if node.load is not None:
+            if node.load is not None and node.load.file in files:
                 share = min(node.numel, unit.stop) / max(1, node.numel)
                 parts.append((node.load.file, node.load.start + int(node.load.nbytes * share)))
     return parts
 
 
-def shard_digests(plan: Plan, threads: int) -> dict[str, dict[str, str]]:
-    """The digest of every finished shard, still in the partial folders, by output folder and file name."""
-    paths = [partial(o.to) / s.file for o in plan.outputs for s in o.shards]
+def shard_digests(plan: Plan, shards: Sequence[tuple[int, int]], threads: int) -> list[str]:
+    """The digests of finished shards, still in the partial folders, each given by output and number."""
+    paths = [partial(plan.outputs[o].to) / plan.outputs[o].shards[s].file for o, s in shards]
     found = file_digests(paths, threads)
-    return {o.to: {s.file: found[str(partial(o.to) / s.file)] for s in o.shards} for o in plan.outputs}
+    return [found[str(path)] for path in paths]
+
+
+def collect(
+    plan: Plan, shares: Sequence[Share], told: Sequence[Sequence[Sequence[str]]]
+) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """The digests that ranks tell of the inputs and the shards of their shares: by path, and by output folder and file
+    name."""
+    files = input_files(plan)
+    inputs: dict[str, str] = {}
+    found: dict[tuple[int, int], str] = {}
+    for share, (read, written) in zip(shares, told, strict=True):
+        inputs |= {str(files[number]): digest for number, digest in zip(share.inputs, read, strict=True)}
+        found |= dict(zip(share.shards, written, strict=True))
+    shards = {
+        output.to: {shard.file: found[o, s] for s, shard in enumerate(output.shards) if (o, s) in found}
+        for o, output in enumerate(plan.outputs)
+    }
+    return inputs, shards
 
 
 def complete(plan: Plan, lock: str) -> None:

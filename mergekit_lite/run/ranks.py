@@ -14,9 +14,10 @@ import queue
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 from mergekit_lite.errors import InterruptedRun, MergeError, StoppedError, UsageError
@@ -28,6 +29,7 @@ T = TypeVar("T")
 # What launchers call the number of processes and the number of this one; accelerate reads the same.
 COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 NUMBERS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+NOTE_SECONDS = 15.0  # how long ranks wait for one another in silence
 TIMEOUT = timedelta(days=1)  # rank 0 may digest all inputs first; a rank that ends is noticed at once
 
 
@@ -40,21 +42,23 @@ class Place:
 
 
 class OtherRank(StoppedError):
-    """Another rank failed, so this one stopped; `rank` is the other one's number, where it is known."""
+    """Another rank, number `rank`, failed, so this one stopped. `reason` says how it failed, `interrupted` that Ctrl-C
+    or the like stopped it."""
 
-    def __init__(self, rank: int | None, message: str, hint: str | None = None):
-        super().__init__(message, hint=hint)
-        self.rank = rank
+    def __init__(self, rank: int, name: str, reason: str, hint: str | None = None, interrupted: bool = False):
+        super().__init__(f"{name} {reason}", hint=hint)
+        self.rank, self.reason, self.interrupted = rank, reason, interrupted
 
 
 class Ranks:
     """The `count` processes that share a merge, of which this is number `number`. `places` says where they run, once
     they have spoken to each other."""
 
-    def __init__(self, number: int = 0, count: int = 1):
-        self.number, self.count = number, count
+    def __init__(self, number: int = 0, count: int = 1, note: Callable[[str], None] = lambda text: None):
+        """`note` is told where there is a long wait."""
+        self.number, self.count, self._note = number, count, note
         self.places = [Place(socket.gethostname(), os.getpid())] * count
-        self._known: set[str] = set()  # faults that a lower rank on this machine has too
+        self._known: set[str] = set()  # faults that a lower rank on this machine, or every rank, has too
 
     @property
     def here(self) -> list[int]:
@@ -69,8 +73,10 @@ class Ranks:
     def speaks(self, fault: MergeError) -> bool:
         """Whether it is this rank that tells the user of `fault`: its own if no other one tells the same, and what
         concerns all of them if it is the lowest one on its machine."""
-        lowest = min(rank for rank in self.here if rank != getattr(fault, "rank", None))
-        common = isinstance(fault, OtherRank | InterruptedRun) or str(fault) in self._known
+        # One that was killed cannot tell.
+        silent = fault.rank if isinstance(fault, OtherRank) and not fault.interrupted else None
+        lowest = min(rank for rank in self.here if rank != silent)
+        common = isinstance(fault, OtherRank | InterruptedRun) or message_of(fault) in self._known
         return self.number == lowest or not common
 
     def agree(self, make: Callable[[], Plan], **options: object) -> Plan:
@@ -82,14 +88,18 @@ class Ranks:
             return (plan.digest, [os.path.abspath(output.to) for output in plan.outputs], options), inputs
 
         plan, told = self.together(make, tell)
-        first = told[0]
+        merge, inputs = told[0]
         for rank, theirs in enumerate(told):
-            if theirs[0] != first[0]:
+            if theirs[0] != merge:
                 hint = "start every rank with the same recipe and the same options, in the same folder"
-                raise UsageError(f"{self.name(rank)} is about to do another merge than rank 0", hint=hint)
-            if theirs[1] != first[1]:
+                fault = UsageError(f"{self.name(rank)} is about to do another merge than rank 0", hint=hint)
+            elif theirs[1] != inputs:
                 hint = "let all ranks read the same files, or copies with the same modification times"
-                raise UsageError(f"{self.name(rank)} has other input files than rank 0", hint=hint)
+                fault = UsageError(f"{self.name(rank)} has other input files than rank 0", hint=hint)
+            else:
+                continue
+            self._known = {message_of(fault)}
+            raise fault
         return plan
 
     def together(self, work: Callable[[], T], tell: Callable[[T], Any]) -> tuple[T, list[Any]]:
@@ -106,14 +116,14 @@ class Ranks:
         except MergeError as error:
             fault = error
         place = Place(socket.gethostname(), os.getpid())
-        all_told = self._gather((place, None if fault is None else str(fault), told))
+        all_told = self._gather((place, None if fault is None else message_of(fault), told))
         self.places = [theirs[0] for theirs in all_told]
         faults = {rank: theirs[1] for rank, theirs in enumerate(all_told) if theirs[1] is not None}
         if fault is not None:
             self._known = {text for rank, text in faults.items() if rank < self.number and rank in self.here}
             raise fault
         for rank, text in faults.items():
-            raise OtherRank(rank, f"{self.name(rank)} cannot start: {text.removeprefix('error: ')}")
+            raise OtherRank(rank, self.name(rank), f"cannot start: {text}")
         return mine, [theirs[2] for theirs in all_told]
 
     def _gather(self, value: Any) -> list[Any]:
@@ -136,27 +146,38 @@ class Ranks:
 
         threading.Thread(target=work, name="ranks", daemon=True).start()
         found = None
+        wait = NOTE_SECONDS
         while found is None:
             try:
-                found = got.get(timeout=0.5)
+                found = got.get(timeout=wait)
             except queue.Empty:
-                continue
+                if wait == NOTE_SECONDS:
+                    self._note(f"rank {self.number} waits for the others: the launcher says {self.count} processes")
+                wait = 3600.0
         if isinstance(found, BaseException):
             reason = str(found).strip().split("\n")[0]
             hint = "what it says itself, if anything, stands beside this message or on the other machine"
-            raise OtherRank(None, f"a rank ended, or cannot be reached, before the merge began: {reason}", hint)
+            fault = StoppedError(f"a rank ended, or cannot be reached, before the merge began: {reason}", hint=hint)
+            self._known = {message_of(fault)}
+            raise fault
         return found
+
+
+def message_of(fault: MergeError) -> str:
+    """What is wrong, in one line and without hints, for another rank to tell."""
+    return "; ".join(problem.message for problem in fault.problems)
 
 
 ALONE = Ranks()
 
 
-def launched() -> Ranks:
-    """The ranks that a launcher's environment variables speak of; one alone where there are none."""
+def launched(note: Callable[[str], None] = lambda text: None) -> Ranks:
+    """The ranks that a launcher's environment variables speak of; one alone where there are none. `note` is told where
+    they wait long for one another."""
     count, number = (next((os.environ[n] for n in names if n in os.environ), "") for names in (COUNTS, NUMBERS))
     if not (count.isdecimal() and number.isdecimal() and int(count) > 1):
         return Ranks()
-    return Ranks(int(number), int(count))
+    return Ranks(int(number), int(count), note)
 
 
 def launched_alone() -> bool:
@@ -174,17 +195,18 @@ class Share:
     shards: tuple[tuple[int, int], ...]
 
 
-def divide(plan: Plan, inputs: Sequence[str], count: int) -> list[Share]:
+def divide(plan: Plan, inputs: Sequence[Path], count: int) -> list[Share]:
     """The shares of `count` ranks: units in the order of the files, so that each reads and writes a stretch of them,
     with about as many bytes read and written each; a file is digested by the rank that reads or writes most of it.
     Depends on the plan alone, not on what is done already."""
+    shards = [(number, shard) for number, output in enumerate(plan.outputs) for shard in range(len(output.shards))]
+    if count == 1:
+        return [Share(plan.units, tuple(range(len(inputs))), tuple(shards))]
     weights = [_weight(unit) for unit in plan.units]
     total, before = max(1, sum(weights)), 0
     units: list[list[Unit]] = [[] for _ in range(count)]
-    read: dict[str, Counter[int]] = {path: Counter() for path in inputs}
-    wrote: dict[tuple[int, int], Counter[int]] = {
-        (number, shard): Counter() for number, output in enumerate(plan.outputs) for shard in range(len(output.shards))
-    }
+    read: dict[str, Counter[int]] = {str(path): Counter() for path in inputs}
+    wrote: dict[tuple[int, int], Counter[int]] = {shard: Counter() for shard in shards}
     for unit, weight in zip(plan.units, weights, strict=True):
         rank = min(count - 1, (2 * before + weight) * count // (2 * total))
         before += weight
@@ -194,12 +216,11 @@ def divide(plan: Plan, inputs: Sequence[str], count: int) -> list[Share]:
                 read[node.load.file][rank] += load_bytes(node, min(node.numel, unit.stop - unit.start))
         for number, tensor in unit.targets:
             wrote[number, tensor.shard][rank] += unit.stop - unit.start
-    readers, writers = [_owner(c) for c in read.values()], _owners(wrote)
     return [
         Share(
             tuple(units[rank]),
-            tuple(number for number, owner in enumerate(readers) if owner == rank),
-            tuple(shard for shard, owner in writers.items() if owner == rank),
+            tuple(number for number, found in enumerate(read.values()) if _most(found) == rank),
+            tuple(shard for shard, found in wrote.items() if _most(found) == rank),
         )
         for rank in range(count)
     ]
@@ -210,9 +231,6 @@ def _weight(unit: Unit) -> int:
     return written(unit) + sum(load_bytes(node, min(node.numel, unit.stop - unit.start)) for node in unit.nodes)
 
 
-def _owner(bytes_of: Counter[int]) -> int:
-    return max(bytes_of, key=lambda rank: (bytes_of[rank], -rank), default=0)
-
-
-def _owners(files: Mapping[tuple[int, int], Counter[int]]) -> dict[tuple[int, int], int]:
-    return {file: _owner(bytes_of) for file, bytes_of in files.items()}
+def _most(found: Counter[int]) -> int:
+    """The rank with the most bytes, the lowest of several; 0 where none has any."""
+    return max(sorted(found), key=lambda rank: found[rank], default=0)

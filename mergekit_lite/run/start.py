@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,60 @@ from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.writer import free_bytes
 from mergekit_lite.errors import InputError, InterruptedRun, Problem, StoppedError
 from mergekit_lite.plan.model import Plan
-from mergekit_lite.run.journal import NAME, Done, Journal
+from mergekit_lite.run.journal import NAME, Done, Journal, read_beside
+from mergekit_lite.run.ranks import Ranks
 from mergekit_lite.run.sink import Files, partial
 
 
 @contextlib.contextmanager
-def open_run(plan: Plan, resume: bool) -> Iterator[tuple[Files, Journal, Done]]:
-    """The files and the journal of a run, ready to write.
+def open_together(
+    plan: Plan, resume: bool, ranks: Ranks, check: Callable[[], None]
+) -> Iterator[tuple[Files, Journal, Done, str]]:
+    """The files of a run and the journal of this rank, ready to write, and the name of this run of all ranks. Rank 0
+    calls `check` and makes the files, then the others open them. Raises what `open_run` and `check` raise, and what
+    `Ranks.together` raises."""
+    with contextlib.ExitStack() as stack:
+
+        def lead() -> tuple[Files, Journal, Done, str] | None:
+            if ranks.number:
+                return None
+            check()
+            run = secrets.token_hex(8)
+            return *stack.enter_context(open_run(plan, resume, run)), run
+
+        led, told = ranks.together(lead, lambda opened: opened and opened[-1])
+        run = told[0]
+
+        def follow() -> tuple[Files, Journal, Done, str]:
+            return led or (*stack.enter_context(_join_run(plan, ranks, run)), run)
+
+        opened, _ = ranks.together(follow, lambda opened: None)
+        yield opened
+
+
+@contextlib.contextmanager
+def _join_run(plan: Plan, ranks: Ranks, run: str) -> Iterator[tuple[Files, Journal, Done]]:
+    """The files that rank 0 has made or opened, and a journal of this rank's own."""
+    folder = partial(plan.outputs[0].to)
+    found = read_beside(folder, run)
+    if found is None:
+        hint = "all machines must see the output folder under one name, on a file system that they share"
+        raise StoppedError(f"`{folder}` on {ranks.places[ranks.number].host} is not where rank 0 writes", hint=hint)
+    head, done = found
+    journal = Journal(folder, ranks.number, run)
+    files = Files(plan.outputs)
+    try:
+        journal.begin(head)
+        files.reopen()
+        yield files, journal, done
+    finally:
+        files.close()
+        journal.close()
+
+
+@contextlib.contextmanager
+def open_run(plan: Plan, resume: bool, run: str = "") -> Iterator[tuple[Files, Journal, Done]]:
+    """The files and the journal of a run, ready to write; `run` is its name among ranks.
 
     Raises StoppedError where an unfinished run lies there and `resume` is not asked for, where there is nothing to
     resume, where the plan has changed, or the disk is too small.
@@ -43,7 +91,7 @@ def open_run(plan: Plan, resume: bool) -> Iterator[tuple[Files, Journal, Done]]:
     if not resume:
         _check_room(plan)
     made = [_make_folder(partial(output.to)) for output in plan.outputs]
-    journal = Journal(folder)
+    journal = Journal(folder, run=run)
     files = Files(plan.outputs)
     try:
         head = _head(plan)
