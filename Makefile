@@ -4,6 +4,8 @@ VENV ?= .venv
 # Options for installing torch, e.g. TORCH_OPTIONS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_OPTIONS ?=
 PYTEST_OPTIONS ?= -n 2
+# Options for the benchmarks, e.g. BENCH_OPTIONS="--mergekit ../mergekit/bin/mergekit-yaml --sizes 60M"
+BENCH_OPTIONS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -21,7 +23,7 @@ venv: $(INSTALLED) ## make the virtual environment and install everything in it
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH_OPTIONS) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install -c constraints.txt -e ".[test,dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[test,dev,bench]"
 	@touch $@
 
 demo: $(INSTALLED) demo/.trained ## train small checkpoints, merge them, compare the result with its parents
@@ -45,8 +47,8 @@ check: $(INSTALLED) ## lint, formatting, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
-bench: $(INSTALLED) ## measure time and memory on a synthetic model of 1.1 billion parameters
-	$(BIN)/python benchmarks/bench.py
+bench: $(INSTALLED) ## measure time and memory of every method, write benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/bench.py --write benchmarks/RESULTS.md $(BENCH_OPTIONS)
 
 docs: $(INSTALLED) ## write docs/methods.md anew from the registry of methods
 	$(BIN)/merge methods --markdown > docs/methods.md.new

@@ -8,6 +8,7 @@ read is still in the page cache when the merge comes by: the digest's thread rea
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,8 @@ from blake3 import blake3
 
 from mergekit_lite.errors import InputError
 
-CHUNK = 1 << 20
+CHUNK = 1 << 22  # bytes between two turns at Python's lock, for which this thread has to wait
+SWITCH = 0.0005  # seconds until a thread that computes in Python lets another one have a turn: torch's import does
 PIECE = 1 << 26  # bytes of one file that are read before another one's turn
 LEAD = 1 << 32  # bytes that the digests may be ahead of the merge, if there is memory for them
 
@@ -26,11 +28,11 @@ LEAD = 1 << 32  # bytes that the digests may be ahead of the merge, if there is 
 class _File:
     """A file on its way through the digest."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, threads: int = 1):
         self.path = path
         self.at = 0
         self.busy = False
-        self.digest = blake3()
+        self.digest = blake3(max_threads=threads)
 
     def take(self, stop: int | None) -> bool:
         """Digest up to byte `stop`, or to the end; False at the end of the file. Raises InputError."""
@@ -57,7 +59,7 @@ def file_digests(paths: Iterable[Path], threads: int) -> dict[str, str]:
     names = [str(path) for path in paths]
 
     def one(path: str) -> str:
-        file = _File(path)
+        file = _File(path, max(1, threads // len(names)))
         file.take(None)
         return file.digest.hexdigest()
 
@@ -84,6 +86,8 @@ class Digests:
         self._thread = threading.Thread(target=self._work, name="digest", daemon=True)
 
     def __enter__(self) -> Digests:
+        self._interval = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH)
         self._thread.start()
         return self
 
@@ -94,6 +98,7 @@ class Digests:
             self._stopped = True
             self._change.notify_all()
         self._thread.join()
+        sys.setswitchinterval(self._interval)
 
     def advance(self, merged: int) -> None:
         """Tell how many bytes the merge has read."""
