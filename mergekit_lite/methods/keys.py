@@ -81,7 +81,9 @@ class Window:
         self.dtype: np.dtype[np.signedinteger] = np.dtype(np.int32)
         self._limit = limit
         self._lock = threading.Lock()
-        self._gathered: list[Keys] = []
+        # One array from the start: many small ones that stay would keep the allocator from using what large blocks
+        # between them have left.
+        self._gathered: Keys | None = None
         self._waiting = 0
         self._distinct: tuple[Keys, NDArray[np.int64]] | None = None
         self._bins: NDArray[np.int64] | None = None
@@ -109,10 +111,15 @@ class Window:
         with self._lock:
             self.dtype = keys.dtype
             self.count += len(inside)
-            self._gathered.append(inside)
-            self._waiting += len(inside)
-            if self._waiting > self._limit:
-                self._spill()
+            if self._gathered is None:
+                self._gathered = np.empty(self._limit, dtype=keys.dtype)
+            while len(inside):
+                if self._waiting == self._limit:
+                    self._spill()
+                part = inside[: self._limit - self._waiting]
+                self._gathered[self._waiting : self._waiting + len(part)] = part
+                self._waiting += len(part)
+                inside = inside[len(part) :]
         return Tally(above, higher, equal)
 
     def find(self, rank: int) -> tuple[int, int | None, int, int]:
@@ -123,7 +130,7 @@ class Window:
         if self.low == self.high:
             return self.low, self.low, 0, self.count
         if self._bins is None and self._distinct is None:
-            keys = np.concatenate(self._gathered)
+            keys = self._keys()
             key = int(np.partition(keys, len(keys) - rank)[len(keys) - rank])
             return key, key, int(np.count_nonzero(keys > key)), int(np.count_nonzero(keys == key))
         self._spill()
@@ -146,11 +153,14 @@ class Window:
     def _end(self) -> int:
         return _top(self.dtype) if self.high is None else self.high
 
+    def _keys(self) -> Keys:
+        """The keys that wait."""
+        return np.empty(0, self.dtype) if self._gathered is None else self._gathered[: self._waiting]
+
     def _spill(self) -> None:
         """Put the gathered keys away: as distinct keys with their counts while these are few (differences of numbers of
         low precision), else in bins of 2**shift keys each."""
-        keys, counts = np.unique(np.concatenate(self._gathered or [np.empty(0, self.dtype)]), return_counts=True)
-        self._gathered = []
+        keys, counts = np.unique(self._keys(), return_counts=True)
         self._waiting = 0
         if self._bins is None:
             if self._distinct is not None:
