@@ -6,6 +6,7 @@ other rows being 0. Entries that are 0 do not count as entries, so that these ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,8 +38,9 @@ def _rows(shape: Shape) -> int:
     return shape[0] if len(shape) > 1 else 1
 
 
-def _square(shapes: Sequence[Shape]) -> Shape:
-    return _rows(shapes[0]), _rows(shapes[0])
+def _basis(shapes: Sequence[Shape]) -> Shape:
+    rows = _rows(shapes[0])
+    return rows, min(rows, sum(math.prod(shape) // max(1, rows) for shape in shapes))
 
 
 @method(
@@ -47,17 +49,18 @@ def _square(shapes: Sequence[Shape]) -> Shape:
     SVD,
     takes="delta",
     reach="matrix",
-    shape=_square,
+    shape=_basis,
     public=False,
     paper=PAPER,
 )
 def shared_basis(xs: Sequence[Tensor], rank: int | None, min_singular: float, svd: str) -> Tensor:
-    """The directions of the deltas' columns, as a square matrix (m, m): orthonormal columns, then columns of zeros.
+    """The directions of the deltas' columns, as a matrix (m, k) with k the smaller of m and the number of all columns:
+    orthonormal columns, then columns of zeros.
 
     Of deltas that are no matrices it is 0; it is NaN where one of them holds a NaN or infinity.
     """
     side = _rows(tuple(xs[0].shape))
-    basis = torch.zeros(side, side, dtype=torch.float64, device=xs[0].device)
+    basis = torch.zeros(_basis([tuple(x.shape) for x in xs]), dtype=torch.float64, device=xs[0].device)
     if not all(bool(x.isfinite().all()) for x in xs):
         basis.fill_(torch.nan)
     elif _is_matrix(xs[0], side) and any(bool(x.any()) for x in xs):
@@ -71,22 +74,24 @@ def shared_basis(xs: Sequence[Tensor], rank: int | None, min_singular: float, sv
 def to_shared(xs: Sequence[Tensor]) -> Tensor:
     """A delta in the shared directions, U^T D, with U the second input. 0 where D is no matrix."""
     delta, basis = xs
-    return _product(basis.T, delta) if _is_matrix(delta, len(basis)) else torch.zeros_like(delta)
+    block = torch.zeros_like(delta)
+    if _is_matrix(delta, len(basis)):
+        block.view(len(basis), -1)[: basis.shape[1]] = wide(basis).T @ wide(delta.reshape(len(basis), -1))
+    return block
 
 
 @method(inputs=(3, None), takes="delta", reach="matrix", public=False, paper=PAPER)
 def from_shared(xs: Sequence[Tensor]) -> Tensor:
     """The way back, U B, of the first input B with U, the second. Where B is no matrix, the mean of all others."""
     block, basis, *deltas = xs
-    return _product(basis, block) if _is_matrix(block, len(basis)) else mean(deltas).to(block)
+    if not _is_matrix(block, len(basis)):
+        return mean(deltas).to(block)
+    rows = block.reshape(len(basis), -1)[: basis.shape[1]]
+    return (wide(basis) @ wide(rows)).reshape(block.shape).to(block.dtype)
 
 
 def _is_matrix(x: Tensor, rows: int) -> bool:
     return rows > 1 and x.numel() > rows
-
-
-def _product(square: Tensor, x: Tensor) -> Tensor:
-    return (wide(square) @ wide(x.reshape(len(square), -1))).reshape(x.shape).to(x.dtype)
 
 
 def _measure(params: Params, inputs: int, numels: Sequence[int]) -> Staged:

@@ -103,9 +103,19 @@ def left_basis(blocks: Sequence[Tensor], count: int, svd: str, key: int, least: 
     """The left singular vectors (m, r) and singular values (r,) of the blocks (m, n_i) side by side, the largest first.
 
     At most `count`, and only those above `least` times the largest. They are found from the sum of block block^T, so
-    that the blocks are never put together; this resolves singular values down to some 1e-8 of the largest.
+    that the blocks are never put together, or where they are narrower than high from the inner products of all columns;
+    this resolves singular values down to some 1e-8 of the largest.
     """
-    rows = blocks[0].shape[0]
+    rows, columns = blocks[0].shape[0], sum(b.shape[1] for b in blocks)
+    if rows > columns and svd == "exact":
+        joined = torch.cat([wide(b) for b in blocks], dim=1)
+        values, vectors = torch.linalg.eigh(joined.T @ joined)
+        s = values.flip(0).clamp_(min=0).sqrt_()
+        kept = min(count, int((s > least * s[0]).sum()))
+        # Small singular values leave their vectors less than orthogonal.
+        u, r = torch.linalg.qr(joined @ (vectors.flip(1)[:, :kept] / s[:kept]))
+        u = u * r.diagonal().sign()
+        return u * _leading_signs(u), s[:kept]
     if svd == "randomised" and count + OVERSAMPLE < rows:
         q = _signs(rows, count + OVERSAMPLE, key, blocks[0].device)
         for _ in range(POWER + 1):

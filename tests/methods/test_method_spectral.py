@@ -495,3 +495,17 @@ def test_wudi_in_closed_form_on_few_rows_stays_in_their_span() -> None:
     q = torch.linalg.qr(torch.cat(xs).T).Q
     close(got @ q @ q.T, got)
     close(run("wudi", xs[:1], solver="closed"), xs[0], 1e-4)
+
+
+@pytest.mark.parametrize("shape", [(60, 7), (7, 60), (20, 10)])
+@pytest.mark.parametrize("count", [3, 60])
+def test_left_basis_of_high_and_of_wide_blocks(shape: tuple[int, int], count: int) -> None:
+    """Narrow blocks go another way than wide ones, with the same outcome."""
+    generator = torch.Generator().manual_seed(4)
+    blocks = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+    u, s = left_basis(blocks, count, "exact", 0, 1e-7)
+    expected_u, expected_s, _ = np.linalg.svd(torch.cat(blocks, dim=1).numpy(), full_matrices=False)
+    kept = min(count, len(expected_s))
+    np.testing.assert_allclose(s, expected_s[:kept], rtol=1e-9)
+    np.testing.assert_allclose(abs(u.T.numpy() @ expected_u[:, :kept]), np.eye(kept), atol=1e-7)
+    np.testing.assert_allclose(u.T @ u, np.eye(kept), atol=1e-12)
