@@ -48,7 +48,8 @@ def staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Cal
 
 def test_summary(staged: Plan):
     lines = explain.summary(staged, 1)
-    cost = re.fullmatch(r"  read \S+ kB · write (\S+ kB) in 3 shards · peak \S+ MB · cpu, 1 thread", lines.pop(6))
+    read = r"  read \S+ kB (?:\(\S+×\) )?· "
+    cost = re.fullmatch(read + r"write (\S+ kB) in 3 shards · peak \S+ MB · cpu, 1 thread", lines.pop(6))
     assert cost is not None
     assert cost[1] == size(staged.bytes_written)
     first, second, third = (size(shard.nbytes) for output in staged.outputs for shard in output.shards)
