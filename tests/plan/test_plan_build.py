@@ -294,4 +294,5 @@ def test_memory_stays_below_the_plan_whatever_the_size(name: str, tmp_path: Path
     for used, promised in ((small, small_plan), (large, large_plan)):
         # What the first run left in the allocator may hide a part, and the kernel counts whole pages.
         assert used <= promised + 8 * MEGA
-    assert large <= small + 24 * MEGA  # one of three inputs in bfloat16 has 32 MB
+    # One of three inputs in float32 has 64 MB. How much of `small` the first run has left room for varies.
+    assert large <= small + 48 * MEGA
