@@ -158,6 +158,7 @@ def run(
     shares = divide(plan, files, ranks.count)
     share = shares[ranks.number]
     mine = [str(files[number]) for number in share.inputs]
+    known: dict[str, str] = {}  # digests of inputs that a lock was held against
 
     def check() -> None:
         if device != "cpu":
@@ -168,7 +169,8 @@ def run(
         if ranks.number:
             return
         if plan.recipe.lock is not None:
-            problems = changed_inputs(plan.recipe, plan, file_digests(files, count))
+            known.update(file_digests(files, count))
+            problems = changed_inputs(plan.recipe, plan, known)
             if problems:
                 raise RecipeError(problems)
         check_tied(plan, reader)
@@ -177,7 +179,7 @@ def run(
         interruptible(plan),
         Reader(s for c in plan.checkpoints.values() for s in c.shards) as reader,
         open_together(plan, resume, ranks, check) as (sink, journal, done, name),
-        Digests(wanted_parts(share.units, set(mine)), mine) as digests,
+        Digests(wanted_parts(share.units, wanted := set(mine) - set(known)), wanted) as digests,
         Peers(plan, ranks, journal, done.units.keys() - {unit.id for unit in share.units}, name) as peers,
     ):
 
@@ -191,7 +193,7 @@ def run(
         sink.sync()
         merged = peers.exchange("merged", asdict(findings), lambda: peers.again(progress))
         written = shard_digests(plan, share.shards, count)
-        read = digests.result(count)
+        read = {**known, **digests.result(count)}
         reader.check()  # so that the lock speaks of the files that were merged
         digested = [[read[path] for path in mine], written]
         if ranks.number:

@@ -16,11 +16,12 @@ from torch import Tensor
 from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
 from mergekit_lite.checkpoint.meta import TensorMeta
 from mergekit_lite.plan.model import Node, OutTensor, Plan, Unit
+from mergekit_lite.run.copy import ByteSource
 from mergekit_lite.run.device import DeviceLoader, find_device, lane
 from mergekit_lite.run.evaluate import Blocks, freeze, subset
 from mergekit_lite.run.nonfinite import note
 from mergekit_lite.run.pools import measure_pools
-from mergekit_lite.run.program import Loader, Loads, Source, Stats
+from mergekit_lite.run.program import Loader, Loads, Stats
 from mergekit_lite.run.sink import Sink
 from mergekit_lite.run.threads import keep_freed_blocks, one_thread_per_operation
 
@@ -75,7 +76,7 @@ class Computer:
 
 @contextmanager
 def computing(
-    plan: Plan, source: Source, block: int, strict: bool, stopped: Callable[[], None], device: str = "cpu"
+    plan: Plan, source: ByteSource, block: int, strict: bool, stopped: Callable[[], None], device: str = "cpu"
 ) -> Iterator[Computer]:
     """A computer for `plan`, with torch and the allocator set for many threads as long as it is in use. Raises
     UsageError where there is no such device."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
 from mergekit_lite.checkpoint.meta import TensorMeta
 from mergekit_lite.errors import StoppedError, UsageError
-from mergekit_lite.run.program import Source
+from mergekit_lite.run.copy import ByteSource
 
 RING = 3  # staging buffers of a thread: one is filled while others are on their way
 
@@ -61,7 +61,7 @@ class DeviceLoader:
     """Stored numbers on a GPU in the dtype of the arithmetic, by way of page-locked memory, so that the copy goes on
     while the next block is read. For one thread."""
 
-    source: Source
+    source: ByteSource
     compute: torch.dtype
     device: torch.device
     _ring: list[tuple[Tensor, torch.cuda.Event]] = field(default_factory=list)

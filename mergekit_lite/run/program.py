@@ -17,16 +17,9 @@ from mergekit_lite.methods.spec import Block, Method, keywords
 from mergekit_lite.plan.model import Node
 from mergekit_lite.plan.order import beside, row_length, walk
 from mergekit_lite.plan.words import count
+from mergekit_lite.run.copy import ByteSource
 
 Stats = dict[int, Any]  # node id -> what its measure found for this tensor
-
-
-class Source(Protocol):
-    """Where stored tensors come from."""
-
-    def read_bytes(self, meta: TensorMeta, start: int, stop: int, buffer: memoryview) -> None:
-        """Stored bytes [start, stop) of a tensor into `buffer`."""
-        ...
 
 
 class Loads(Protocol):
@@ -42,7 +35,7 @@ class Loader:
     """Stored numbers in the dtype of the arithmetic. Reads by way of one buffer, which stays in a core's cache. For one
     thread."""
 
-    source: Source
+    source: ByteSource
     compute: torch.dtype
     _raw: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     _views: dict[tuple[torch.dtype, int], tuple[Tensor, memoryview]] = field(default_factory=dict)
@@ -113,8 +106,9 @@ class Program:
         self._step = step
         self._stats = stats
         self._kept: dict[int, Tensor] = {}  # by node id, what all blocks need
-        aside = beside(walk(roots))
-        nodes = [node for node in walk(roots) if node.id not in aside or any(node is root for root in roots)]
+        everything = list(walk(roots))
+        aside = beside(everything)
+        nodes = [node for node in everything if node.id not in aside or any(node is root for root in roots)]
         place = {node.id: i for i, node in enumerate(nodes)}
         self._first = True
         self._whole = any(node.reach == "matrix" for node in nodes)

@@ -17,7 +17,7 @@ def test_plan_for_a_person(merge: Merge, folder: Path):
     assert (ran.code, ran.err) == (0, "")
     lines = ran.out.splitlines()
     assert lines[0] == "merged  ties(math, code) - base  weight  7 tensors"
-    read = r"  read [\d.]+ kB (\([\d.]+×\) )?· "
+    read = r"  read [\d.]+ kB \(3\.0×\) · "
     assert re.fullmatch(read + r"write [\d.]+ kB in 1 shard · peak [\d.]+ MB · cpu, 2 threads", lines[1])
     assert lines[2] == "out/ties  from merged"
     assert re.fullmatch(r"  model.safetensors  [\d.]+ kB  7 tensors", lines[3])

@@ -230,7 +230,7 @@ def test_all_faults_come_at_once(models: Path) -> None:
 
 
 PROGRAM = """
-import sys, threading, time
+import ctypes, sys, threading, time
 from mergekit_lite import load_recipe, plan, run
 
 def anonymous():
@@ -238,15 +238,17 @@ def anonymous():
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
 
 def peak(work):
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)  # what an earlier run has left must not hide what this one needs
     ended = threading.Event()
-    seen = [anonymous()]
+    before = anonymous()
+    seen = [before]
     def watch():
         while not ended.is_set():
             seen.append(max(seen.pop(), anonymous()))
             time.sleep(0.002)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    before = anonymous()
     work()
     ended.set()
     watcher.join()
@@ -294,5 +296,4 @@ def test_memory_stays_below_the_plan_whatever_the_size(name: str, tmp_path: Path
     for used, promised in ((small, small_plan), (large, large_plan)):
         # What the first run left in the allocator may hide a part, and the kernel counts whole pages.
         assert used <= promised + 8 * MEGA
-    # One of three inputs in float32 has 64 MB. How much of `small` the first run has left room for varies.
-    assert large <= small + 48 * MEGA
+    assert large <= small + 24 * MEGA  # one of three inputs in bfloat16 has 32 MB
