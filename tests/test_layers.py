@@ -18,6 +18,7 @@ ORDER = [
     {"merge"},
     {"publish", "report", "evaluate"},
     {"run"},
+    {"align"},
     {"plan"},
     {"recipe", "methods", "family", "checkpoint"},
     {"errors", "lazy"},
