@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Result:
     """What a run did. `shards` gives the BLAKE3 digest of every shard by output folder and file name; `nonfinite` and
-    `overflow` count numbers by tensor; `changed` names the shards whose bytes differ from the recipe's lock."""
+    `overflow` count numbers by tensor; `changed` names the shards whose bytes differ from the recipe's lock; `alignments` gives
+    figures of the orders of units that were found, by step."""
 
     outputs: tuple[str, ...]
     shards: Mapping[str, Mapping[str, str]]
@@ -43,6 +44,7 @@ class Result:
     nonfinite: Mapping[str, int]
     overflow: Mapping[str, int]
     changed: tuple[str, ...] = ()
+    alignments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -191,7 +193,8 @@ def run(
         options = Options(count, block or BLOCK, strict, device, tell, peers.check)
         findings = execute(replace(plan, units=share.units), reader, sink, journal, ours, options)
         sink.sync()
-        merged = peers.exchange("merged", asdict(findings), lambda: peers.again(progress))
+        solved = findings.alignments
+        merged = peers.exchange("merged", findings.as_json(), lambda: peers.again(progress))
         written = shard_digests(plan, share.shards, count)
         read = {**known, **digests.result(count)}
         reader.check()  # so that the lock speaks of the files that were merged
@@ -203,7 +206,7 @@ def run(
             inputs, shards = collect(plan, shares, peers.exchange(LAST, digested))
             findings = Findings.sum(merged)
             journal.absorb()
-            complete(plan, lock_text(plan, inputs, shards))
+            complete(plan, lock_text(plan, inputs, shards), solved)
     return Result(
         outputs=tuple(output.to for output in plan.outputs),
         shards=shards,
@@ -214,6 +217,7 @@ def run(
         nonfinite=findings.nonfinite,
         overflow=findings.overflow,
         changed=tuple(changed_outputs(plan.recipe, shards)),
+        alignments={name: found.figures for name, found in solved.items()},
     )
 
 

@@ -40,7 +40,9 @@ sys.path.append(str(ROOT / "scripts"))
 import digits  # noqa: E402
 
 DOCUMENTS = ("README.md", "docs/design.md", "docs/recipes.md", "docs/methods.md", "docs/compat.md", "docs/reproduce.md")
-RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted(
+    str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "families"
+)
 PUBLIC = [method.name for method in all_methods().values() if method.public]
 BY_HAND = ("make test", "make venv", "pip ", "git ")
 SKELETON = """\

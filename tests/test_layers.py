@@ -18,8 +18,8 @@ ORDER = [
     {"merge"},
     {"publish", "report", "evaluate"},
     {"run"},
-    {"align"},
     {"plan"},
+    {"align"},
     {"recipe", "methods", "family", "checkpoint"},
     {"errors", "lazy"},
 ]

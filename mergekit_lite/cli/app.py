@@ -26,12 +26,13 @@ from mergekit_lite.cli.diff import diff
 from mergekit_lite.cli.doctor import doctor
 from mergekit_lite.cli.inspect import inspect
 from mergekit_lite.cli.methods import methods
+from mergekit_lite.cli.path import path
 from mergekit_lite.cli.plan import PlanCommand, plan
 from mergekit_lite.cli.processor import choose_sorts
 from mergekit_lite.cli.run import run
 from mergekit_lite.errors import InterruptedRun, MergeError, Problem, UsageError, did_you_mean, printable
 
-COMMANDS = (run, plan, convert, methods, inspect, diff, doctor)
+COMMANDS = (run, plan, convert, methods, inspect, diff, path, doctor)
 # The root of what a bad command line raises. Typer brings its own copy of Click since 0.26, and no public name for it.
 BAD_COMMAND_LINE: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 

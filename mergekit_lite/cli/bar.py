@@ -22,3 +22,18 @@ def reading(label: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as display:
         task = display.add_task(label, total=total)
         yield lambda nbytes: display.advance(task, nbytes)
+
+
+@contextlib.contextmanager
+def counting(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """As `reading`, for things that are counted."""
+    console = show.console(stderr=True)
+    if not console.is_terminal:
+        yield lambda count: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as display:
+        task = display.add_task(label, total=total)
+        yield lambda count: display.advance(task, count)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergekit_lite.cli import bar, options, show
+from mergekit_lite.errors import UsageError
 
 if TYPE_CHECKING:
     from mergekit_lite.report.check import Check
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+SPACE_WIDTH = 28  # of the column of names, where they are those of spaces
 
 
 def doctor(
@@ -22,6 +24,10 @@ def doctor(
         list[str] | None,
         typer.Argument(metavar="[CHECKPOINT]...", help="Folders, files or Hub ids.", show_default=False),
     ] = None,
+    spaces: Annotated[
+        bool, typer.Option("--spaces", help="Prove what may be permuted, on a tiny random model of the same kind.")
+    ] = False,
+    family: options.Family = None,
     offline: options.Offline = False,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -29,10 +35,13 @@ def doctor(
     """Check this machine or, where named, checkpoints. Leaves with 1 where a check fails.
 
     Of a checkpoint all weights are read: headers, index, configuration, layers, tied tensors, tokenizer, NaN and
-    infinities; of an output of this program also whether its files are those that its lock names.
+    infinities; of an output of this program also whether its files are those that its lock names. With --spaces or
+    --family only its headers are read: the spaces of its family, or of the family file, are proved with transformers.
     """
     from mergekit_lite import merge
 
+    if (spaces or family) and not checkpoints:
+        raise UsageError("a proof of spaces needs a checkpoint", hint="merge doctor --family FILE CHECKPOINT")
     count = threads or merge.default_threads()
     found: dict[str, list[Check]] = {}
     if not checkpoints:
@@ -44,7 +53,10 @@ def doctor(
             for check in found[""]:
                 _show(check)
     for location in dict.fromkeys(checkpoints or ()):
-        found[location] = _checkpoint(location, offline, count, quiet=json)
+        if spaces or family:
+            found[location] = _proof(location, family, offline, quiet=json)
+        else:
+            found[location] = _checkpoint(location, offline, count, quiet=json)
     failed = sum(check.verdict == "fail" for checks in found.values() for check in checks)
     warned = sum(check.verdict == "warn" for checks in found.values() for check in checks)
     if json:
@@ -79,7 +91,21 @@ def _checkpoint(location: str, offline: bool, threads: int, quiet: bool) -> list
     return found
 
 
-def _show(check: Check) -> None:
-    show.line(f"  {check.verdict:<5} {check.name:<16} {check.detail}", STYLES[check.verdict])
+def _proof(location: str, family: str | None, offline: bool, quiet: bool) -> list[Check]:
+    """The checks of the spaces of one checkpoint, each shown as soon as it is done."""
+    from mergekit_lite.report.proof import proof
+
+    found: list[Check] = []
+    if not quiet:
+        show.line(location, "bold")
+    for check in proof(location, family, offline=offline):
+        found.append(check)
+        if not quiet:
+            _show(check, SPACE_WIDTH)
+    return found
+
+
+def _show(check: Check, width: int = 16) -> None:
+    show.line(f"  {check.verdict:<5} {check.name:<{width}} {check.detail}", STYLES[check.verdict])
     if check.hint and check.verdict != "ok":
-        show.line(f"{'':<25}hint: {check.hint}")
+        show.line(f"{'':<{width + 9}}hint: {check.hint}")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mergekit_lite.cli import bar, options, show
+from mergekit_lite.errors import UsageError
 
 if TYPE_CHECKING:
     from mergekit_lite.checkpoint.meta import Checkpoint
+    from mergekit_lite.family.spaces import Space
     from mergekit_lite.report.look import Look
     from mergekit_lite.report.stats import Stats
 
@@ -27,6 +30,10 @@ def inspect(
         bool, typer.Option("--stats", help="Read all weights and count NaN, infinities, zeros; give range, mean, std.")
     ] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    spaces: Annotated[
+        bool, typer.Option("--spaces", help="List what may be permuted: hidden units, heads, experts, residual stream.")
+    ] = False,
+    family: options.Family = None,
     offline: options.Offline = False,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -34,7 +41,8 @@ def inspect(
     """Show what a checkpoint holds: family, layers, sizes, dtypes, tied tensors.
 
     Reads headers and config.json only, unless --stats is given. Statistics are those of the finite numbers, in float64;
-    std is that of the whole population. Of a LoRA adapter it shows what it changes, and how much.
+    std is that of the whole population. Of a LoRA adapter it shows what it changes, and how much. Spaces follow from
+    the model type in config.json, or from a family file.
     """
     from mergekit_lite import merge
     from mergekit_lite.checkpoint.find import AdapterFound
@@ -43,15 +51,26 @@ def inspect(
     try:
         opened = open_location(checkpoint, offline)
     except AdapterFound:
+        if spaces or family:
+            raise UsageError("an adapter has no spaces", hint="inspect the model that it was made for") from None
         _adapter(checkpoint, offline, tensors, json)
         return
     seen = look(opened)
+    free = _spaces(opened, family) if spaces or family else None
     found = _measure(opened, threads or merge.default_threads()) if stats else None
     if json:
-        show.json(_as_json(opened, seen, tensors, found))
+        made = _as_json(opened, seen, tensors, found)
+        if free is not None:
+            from mergekit_lite.report.spaces import as_json
+
+            made["spaces"] = as_json(free)
+        show.json(made)
     else:
         for name, text in _summary(seen):
             show.line(f"{name:<14}{text}")
+        if free is not None:
+            show.line()
+            _space_table(free)
         if tensors or found is not None:
             show.line()
             _table(opened, tensors, found)
@@ -89,6 +108,26 @@ def _adapter(location: str, offline: bool, tensors: bool, json: bool) -> None:
         show.line()
         columns = ["tensor", "shape", "dtype", "bytes"]
         show.table(columns, [[m.name, show.shape(m.shape), m.dtype, f"{m.nbytes:,}"] for m in metas], right=["bytes"])
+
+
+def _spaces(opened: Checkpoint, family: str | None) -> Sequence[Space]:
+    from mergekit_lite.family.axes import spaces_of
+    from mergekit_lite.family.data import load_family
+
+    shapes = {name: meta.shape for name, meta in opened.tensors.items()}
+    return spaces_of(opened.config, shapes, load_family(os.path.expanduser(family)) if family else None)
+
+
+def _space_table(spaces: Sequence[Space]) -> None:
+    """A row for all spaces that differ in a number alone, such as that of their layer."""
+    from mergekit_lite.report.spaces import rows_of
+
+    columns = ["space", "kind", "spaces", "units", "group", "axes", "along"]
+    rows = [
+        [row.name, row.kind, f"{row.spaces:,}", f"{row.units:,}", f"{row.group:,}", f"{row.axes:,}", row.along]
+        for row in rows_of(spaces)
+    ]
+    show.table(columns, rows, right=["spaces", "units", "group", "axes"])
 
 
 def _measure(opened: Checkpoint, threads: int) -> dict[str, Stats | None]:

@@ -24,6 +24,7 @@ _REACH: dict[Reach, str] = {
     "row": "row by row",
     "matrix": "whole tensors",
     "structure": "names only, no arithmetic",
+    "alignment": "whole models, to find an order of their units",
 }
 _INTRO = """# Merge methods
 
@@ -254,8 +255,8 @@ def _generated(method: Method) -> dict[str, Any]:
     if around or method.base == "required":
         step["base"] = "base"
     fixed = {p.name: fitting(p) for p in method.params if p.required}
-    if "like" in fixed:
-        step["like"] = fixed.pop("like")
+    if method.param("like") is not None:
+        step["like"] = fixed.pop("like", "base")
     if fixed:
         step["with"] = fixed
     if method.gives == "delta" and not around:

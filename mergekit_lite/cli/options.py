@@ -33,4 +33,13 @@ Block = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1 or auto.")]
+Family = Annotated[
+    str | None,
+    typer.Option(
+        "--family",
+        metavar="FILE",
+        help="Take the spaces from this family file, or family of this name.",
+        show_default=False,
+    ),
+]
 Offline = Annotated[bool, typer.Option("--offline", help="Use what is on this machine; never ask the Hub.")]

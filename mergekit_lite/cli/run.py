@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,6 +75,9 @@ def run(
     if json:
         show.json(as_json(made, result, [*before, *found]))
     else:
+        for name, figures in result.alignments.items():
+            for text in matched(made.alignments[name].labels, figures):
+                show.line(f"{name}  {text}")
         for output in made.outputs:
             parts = [
                 f"wrote {output.to}",
@@ -105,6 +108,21 @@ def findings(result: Result) -> list[Problem]:
     return found
 
 
+def matched(labels: Sequence[str], figures: Mapping[str, Any]) -> list[str]:
+    """What was found for each model whose units were put in order, in a line; nothing where a file told the order."""
+    found = figures.get("models", [figures])
+    lines = []
+    for label, one in zip(labels, found, strict=True):
+        if not one.get("moved"):
+            continue
+        share = sum(one["moved"].values()) / len(one["moved"])
+        parts = [f"{label}: {share:.0%} of the units of {show.count(len(one['moved']), 'space')} moved"]
+        if one.get("distance_before") is not None:
+            parts.append(f"distance {one['distance_before']:.4g} -> {one['distance_after']:.4g}")
+        lines.append(" · ".join(parts))
+    return lines
+
+
 def as_json(plan: Plan, result: Result, warnings: list[Problem]) -> dict[str, Any]:
     """The result of a run as data for JSON. Sizes are bytes, times are seconds."""
     return {
@@ -128,6 +146,7 @@ def as_json(plan: Plan, result: Result, warnings: list[Problem]) -> dict[str, An
         "nonfinite": dict(result.nonfinite),
         "overflow": dict(result.overflow),
         "changed": list(result.changed),
+        "alignments": {name: dict(figures) for name, figures in result.alignments.items()},
         "warnings": [problem.as_json() for problem in warnings],
     }
 
@@ -215,8 +234,8 @@ def _display(wanted: bool) -> Iterator[Callable[[Progress], None]]:
 
 
 def label(progress: Progress) -> str:
-    """What stands before the bar: the step at work, or that its statistics are measured."""
-    return f"measure {progress.step}" if progress.phase == "measure" else progress.step
+    """What stands before the bar: the step at work, or that its units or statistics are looked at first."""
+    return progress.step if progress.phase == "merge" else f"{progress.phase} {progress.step}"
 
 
 def passes(progress: Progress) -> tuple[int, int]:
@@ -230,6 +249,8 @@ def detail_of(progress: Progress, rate: float) -> str:
     if progress.phase == "measure":
         number, done = passes(progress)
         return f"{done}/{progress.total}  pass {number}  {show.size(rate)}/s"
+    if progress.phase == "align":
+        return f"{progress.done}/{progress.total}  {progress.label}"
     place = f"{progress.tensors}/{progress.all_tensors}  shard {progress.shard}/{progress.shards}"
     if progress.within is not None:
         return f"{place}  iteration {progress.within[0]}/{progress.within[1]}"

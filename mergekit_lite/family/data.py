@@ -11,6 +11,9 @@ One file describes one family:
     tied          pairs of tensors that are one: alias, canonical, and optionally when (a configuration key) with the
                   default of a missing key, one for all or one per model type with `else`
     experts       optional; where experts stand inside a layer (`mlp.experts.{e}.`)
+
+What lies along the axes of its tensors follows under `sizes`, `spaces`, `axes`, `statistics` and `cases`, all optional:
+see layout.py.
 """
 
 from __future__ import annotations
@@ -19,11 +22,17 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mergekit_lite.errors import MergeError, suggest
+from mergekit_lite.errors import InputError, Mark, MergeError, suggest
+from mergekit_lite.family.layout import FileFault, Layout, parse_layout
+
+# The parser in C where PyYAML was built with it: a tenth of the time.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_OPTIONAL = {"stacks", "prefixes", "tied", "experts", "sizes", "spaces", "axes", "statistics", "cases"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +70,7 @@ class FamilyData:
     stacks: tuple[StackRule, ...]
     tied: tuple[TieRule, ...]
     experts: tuple[str, ...]
+    layout: Layout | None = None
 
 
 @functools.cache
@@ -69,7 +79,7 @@ def families() -> Mapping[str, FamilyData]:
     found: dict[str, FamilyData] = {}
     folder = resources.files("mergekit_lite.family")
     for file in sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name):
-        family = parse(yaml.safe_load(file.read_text(encoding="utf-8")), file.name)
+        family = parse(yaml.load(file.read_text(encoding="utf-8"), Loader=_LOADER), file.name)
         for model_type in family.model_types:
             if model_type in found:
                 raise MergeError(
@@ -79,13 +89,78 @@ def families() -> Mapping[str, FamilyData]:
     return found
 
 
+def load_family(path: Path | str) -> FamilyData:
+    """The family in a file that a person wrote, or the one of this name in the package where there is no such file.
+
+    InputError names the file and the line at fault.
+    """
+    named = next((family for family in families().values() if family.name == str(path)), None)
+    if named is not None and not Path(path).is_file():
+        return named
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as fault:
+        hint = suggest(str(path), sorted({family.name for family in families().values()}))
+        raise InputError(f"cannot read the family file {path}: {fault.strerror}", hint=hint) from None
+    except UnicodeDecodeError:
+        raise InputError(f"the family file {path} is no text in UTF-8") from None
+    root: yaml.Node | None = None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_doubles(root, Path(path).name)
+        return parse(yaml.safe_load(text), Path(path).name)
+    except yaml.YAMLError as fault:
+        at = getattr(fault, "problem_mark", None)
+        mark = None if at is None else _mark(path, text, at.line, at.column, 1)
+        raise InputError(f"the family file is no YAML: {getattr(fault, 'problem', fault)}", mark=mark) from None
+    except FileFault as fault:
+        node = fault.at if isinstance(fault.at, yaml.Node) else _scalar(root, fault.at)
+        mark = None
+        if node is not None:
+            length = len(node.value) if isinstance(node, yaml.ScalarNode) else 1
+            mark = _mark(path, text, node.start_mark.line, node.start_mark.column, length)
+        raise InputError(fault.problems[0].message, hint=fault.problems[0].hint, mark=mark) from None
+
+
+def _check_doubles(node: yaml.Node | None, file: str) -> None:
+    """A key that stands twice in one mapping would lose its first rule."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise FileFault(f"{file}: `{key.value}` stands here a second time", key)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+            _check_doubles(value, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_doubles(item, file)
+
+
+def _mark(path: Path | str, text: str, line: int, column: int, length: int) -> Mark:
+    lines = text.splitlines()
+    return Mark(str(path), line + 1, column + 1, lines[line] if line < len(lines) else "", length)
+
+
+def _scalar(node: yaml.Node | None, text: object) -> yaml.Node | None:
+    """The first scalar of the document that reads `text`."""
+    if node is None or text is None:
+        return None
+    if isinstance(node, yaml.ScalarNode):
+        return node if node.value == str(text) else None
+    inner = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+    return next((found for part in inner if (found := _scalar(part, text)) is not None), None)
+
+
 def parse(raw: Any, file: str) -> FamilyData:
     """The content of a family file as data. MergeError names the file and what is wrong in it."""
-    top = _keys(raw, file, "the family", {"name", "model_types", "stacks"}, {"prefixes", "tied", "experts"})
-    stacks = tuple(_stack(entry, file) for entry in top["stacks"])
+    top = _keys(raw, file, "the family", {"name", "model_types"}, _OPTIONAL)
+    stacks = tuple(_stack(entry, file) for entry in top.get("stacks", ()))
     for stack in stacks:
         if stack.count_like is not None and stack.count_like not in {s.name for s in stacks}:
-            raise MergeError(f"{file}: `count_like` of `{stack.name}` names no stack: `{stack.count_like}`")
+            raise FileFault(
+                f"{file}: `count_like` of `{stack.name}` names no stack: `{stack.count_like}`", stack.count_like
+            )
     experts = tuple(top.get("experts", ()))
     for template in experts:
         _check_template(template, "{e}", file)
@@ -97,6 +172,7 @@ def parse(raw: Any, file: str) -> FamilyData:
         stacks=stacks,
         tied=tuple(_tie(entry, file) for entry in top.get("tied", ())),
         experts=experts,
+        layout=parse_layout(top, file),
     )
 
 
@@ -112,7 +188,7 @@ def _tie(raw: Any, file: str) -> TieRule:
     entry = _keys(raw, file, "a tied pair", {"alias", "canonical"}, {"when", "default"})
     default = entry.get("default")
     if ("when" in entry) != (default is not None):
-        raise MergeError(f"{file}: `when` and `default` of a tied pair go together")
+        raise FileFault(f"{file}: `when` and `default` of a tied pair go together")
     if isinstance(default, bool):
         default = {"else": default}
     return TieRule(entry["alias"], entry["canonical"], entry.get("when"), default)
@@ -122,15 +198,17 @@ def _check_template(template: str, placeholder: str, file: str) -> None:
     # Layers are found by what stands before the number, so the number ends the template.
     lead = template.removesuffix(placeholder + ".")
     if lead == template or placeholder in lead or not lead.endswith((".", "}")):
-        raise MergeError(f"{file}: `{template}` must end in a component `{placeholder}.`")
+        raise FileFault(f"{file}: `{template}` must end in a component `{placeholder}.`", template)
 
 
 def _keys(raw: Any, file: str, what: str, needed: set[str], optional: set[str]) -> dict[str, Any]:
     if not isinstance(raw, dict):
-        raise MergeError(f"{file}: {what} is a mapping, not {raw!r}")
+        raise FileFault(f"{file}: {what} is a mapping, not {raw!r}")
     for key in raw:
         if key not in needed | optional:
-            raise MergeError(f"{file}: {what} has no key `{key}`", hint=suggest(str(key), sorted(needed | optional)))
+            raise FileFault(
+                f"{file}: {what} has no key `{key}`", key, hint=suggest(str(key), sorted(needed | optional))
+            )
     if missing := needed - set(raw):
-        raise MergeError(f"{file}: {what} lacks {', '.join(f'`{k}`' for k in sorted(missing))}")
+        raise FileFault(f"{file}: {what} lacks {', '.join(f'`{k}`' for k in sorted(missing))}")
     return raw

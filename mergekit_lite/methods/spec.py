@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["number", "integer", "flag", "choice", "reference", "layers"]
+Kind = Literal["number", "integer", "flag", "choice", "words", "reference", "path", "layers"]
 Space = Literal["weight", "delta", "same"]
 # element: each output element needs the same element of the inputs; measured: that, after a statistic of the whole
 # tensor; pooled: that, after a statistic of all tensors of the step; row: whole rows; matrix: the whole tensor;
-# structure: works on names, not on numbers (`stack`), and is carried out by the plan.
-Reach = Literal["element", "measured", "pooled", "row", "matrix", "structure"]
+# structure: works on names, not on numbers (`stack`), and is carried out by the plan; alignment: whole models decide on
+# an order of units (`permute`), which the run finds first.
+Reach = Literal["element", "measured", "pooled", "row", "matrix", "structure", "alignment"]
 # How a further input with a shape of its own is read beside rows of the first: the same rows, the columns of these
 # numbers, or all of it.
 Beside = Literal["rows", "columns", "whole"]
@@ -36,6 +37,7 @@ class Param:
 
     `per_input` settings stand beside an input in `of`, or under `with` for all inputs at once. `low` and `high` bound
     numbers; an `open_` bound itself is not allowed. A `reference` names a model or step that is a further input.
+    `words` are one or several of `choices`, given as a tuple; a `path` is a file, for `from` also a step.
     """
 
     name: str
@@ -55,8 +57,10 @@ class Param:
 
     def range_text(self) -> str:
         """The allowed values in words: `(0, 1]`, `tensor | row | global`, `true | false`."""
-        if self.kind == "choice":
+        if self.kind in ("choice", "words"):
             return " | ".join(self.choices)
+        if self.kind == "path":
+            return "a file"
         if self.kind == "flag":
             return "true | false"
         if self.kind == "layers":
@@ -73,6 +77,11 @@ class Param:
         """What is wrong with a single value of this setting, or None."""
         if self.kind == "choice":
             return None if value in self.choices else f"`{self.name}` is one of {self.range_text()}, not {value!r}"
+        if self.kind == "words":
+            wrong = [word for word in (value if isinstance(value, tuple) else (value,)) if word not in self.choices]
+            return f"`{self.name}` is among {self.range_text()}, not {wrong[0]!r}" if wrong else None
+        if self.kind == "path":
+            return None if isinstance(value, str) and value else f"`{self.name}` names a file, not {value!r}"
         if self.kind == "flag":
             return None if isinstance(value, bool) else f"`{self.name}` is true or false, not {value!r}"
         if self.kind == "reference":
@@ -155,6 +164,8 @@ class Method:
     `measure(params, inputs, numels)` gives a fresh `Measure` (see methods/measure.py) for tensors of these sizes; it
     usually takes `rounds` passes. `pick(params, inputs)` gives the index of the input that the call returns unchanged,
     bit for bit, or None. For both, `inputs` counts `xs`, the base included.
+    A method that `gathers` takes whole rows of one of its inputs in an order that its statistic gives; the engine reads
+    them in that order and `fn` is only the plain form.
     `beside(params)` is for a method with row reach whose inputs after the first have shapes of their own: how each of
     them is read for a block of rows. They come to `fn` as matrices, in the compute dtype.
     `check(params, inputs)` gives what is wrong with a combination of settings, `remark` what deserves a warning; both
@@ -181,6 +192,7 @@ class Method:
     reports: bool = False
     shape: Callable[[Sequence[tuple[int, ...]]], tuple[int, ...]] | None = None
     row_axis: Literal["first", "last"] = "last"
+    gathers: bool = False
     without: Callable[..., Any] | None = None
     fits: Callable[[Sequence[tuple[int, ...]]], str | None] | None = None
     beside: Callable[[Params], tuple[Beside, ...]] | None = None

@@ -21,7 +21,7 @@ from mergekit_lite.plan.adapter import adapted
 from mergekit_lite.plan.check import check_places
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.layout import build_output
-from mergekit_lite.plan.model import Node, Output, Plan, StepView
+from mergekit_lite.plan.model import Alignment, Node, Output, Plan, StepView, Unit
 from mergekit_lite.plan.order import BLOCK, GRAIN, bytes_read, input_bytes, make_units, peak_bytes, walk
 from mergekit_lite.plan.settings import check_steps, constant, references_of, statistics
 from mergekit_lite.plan.stack import build_stack
@@ -106,8 +106,7 @@ def _build(
         message = f"step `{name}` is used by nothing and will not run"
         warnings.append(Problem(message, recipe.steps[name].mark, "save it or remove it"))
     units = make_units(outputs)
-    needed = {node.pool for unit in units for node in unit.nodes if node.pool}
-    pools = {pool: tuple(members) for pool, members in builder.pools.items() if pool in needed}
+    pools, alignments = _needed(units, builder)
     size = 8 if recipe.compute == "float64" else 4
     return Plan(
         recipe=recipe,
@@ -116,14 +115,27 @@ def _build(
         outputs=outputs,
         units=units,
         pools=pools,
-        bytes_read=bytes_read(units, pools),
+        alignments=alignments,
+        bytes_read=bytes_read(units, pools, alignments),
         bytes_input=input_bytes(units),
         bytes_written=sum(output.nbytes for output in outputs),
-        peak_bytes=peak_bytes(units, pools, threads, block, size),
-        digest=_digest(recipe, outputs, pools, checkpoints),
+        peak_bytes=peak_bytes(units, pools, alignments, threads, block, size),
+        digest=_digest(recipe, outputs, pools, alignments, checkpoints),
         tied=tuple(tied),
         warnings=tuple(dict.fromkeys(warnings)),  # steps that one line makes may have the same to say
     )
+
+
+def _needed(units: Sequence[Unit], builder: Builder) -> tuple[dict[str, tuple[Node, ...]], dict[str, Alignment]]:
+    """The statistics over whole models that the outputs need, directly or for one another."""
+    needed: set[str] = set()
+    fresh = {node.pool for unit in units for node in unit.nodes if node.pool}
+    while fresh:
+        needed |= fresh
+        looked_at = [node for name in fresh if name in builder.alignments for node in builder.alignments[name].nodes]
+        fresh = {node.pool for node in walk(looked_at) if node.pool} - needed
+    pools = {pool: tuple(members) for pool, members in builder.pools.items() if pool in needed}
+    return pools, {name: found for name, found in builder.alignments.items() if name in needed}
 
 
 def model_table(
@@ -167,7 +179,7 @@ def in_order(recipe: Recipe, methods: Mapping[str, Method]) -> list[Step]:
 
     def visit(name: str) -> None:
         if name in recipe.steps and name not in ordered:
-            for ref in references_of(recipe.steps[name], methods):
+            for ref in references_of(recipe.steps[name], methods, recipe.steps):
                 visit(ref.name)
             ordered[name] = recipe.steps[name]
 
@@ -184,7 +196,7 @@ def saved_name(recipe: Recipe, save: Save) -> str:
 def used_models(recipe: Recipe) -> list[str]:
     """The models that the saves need, in the order of the recipe."""
     methods = all_methods()
-    names = {ref.name for step in in_order(recipe, methods) for ref in references_of(step, methods)}
+    names = {ref.name for step in in_order(recipe, methods) for ref in references_of(step, methods, recipe.steps)}
     names |= {saved_name(recipe, save) for save in recipe.saves}
     return [name for name in recipe.models if name in names]
 
@@ -193,7 +205,7 @@ def _step(
     builder: Builder, step: Step, methods: Mapping[str, Method], tables: Mapping[str, Table], problems: list[Problem]
 ) -> Table | None:
     """The step's table; None where an input of it has failed, whose faults are known already."""
-    if any(ref.name not in tables for ref in references_of(step, methods)):
+    if any(ref.name not in tables for ref in references_of(step, methods, tables)):
         return None
     method = methods[step.use]
 
@@ -204,6 +216,12 @@ def _step(
     if method.reach == "structure":
         others = [source(ref) if ref else None for ref in (step.rest, step.below, step.above)]
         table, found = build_stack(step, sources, *others)
+    elif method.reach == "alignment":
+        from mergekit_lite.plan.alignment import build_alignment
+
+        refs = {p.name: r for p in method.params if p.kind == "reference" for r in statistics(step, method, p.name)}
+        named = {name: source(ref) for name, ref in refs.items()}
+        table, found = build_alignment(builder, step, method, sources, named)
     else:
         base = source(step.base) if step.base else None
         further = [source(ref) for ref in statistics(step, method)]
@@ -279,6 +297,7 @@ def _digest(
     recipe: Recipe,
     outputs: Sequence[Output],
     pools: Mapping[str, Sequence[Node]],
+    alignments: Mapping[str, Alignment],
     checkpoints: Mapping[str, Checkpoint],
 ) -> str:
     """SHA-256 over all that decides the bytes: how each tensor is computed, from what, and where it goes."""
@@ -287,7 +306,8 @@ def _digest(
     params: dict[int, str] = {}  # by the id of settings that many nodes share
     place: dict[int, int] = {}
     pooled = [node for members in pools.values() for node in members]
-    for node in walk([*(t.node for o in outputs for t in o.tensors), *pooled]):
+    looked_at = [node for alignment in alignments.values() for node in alignment.nodes]
+    for node in walk([*(t.node for o in outputs for t in o.tensors), *pooled, *looked_at]):
         place[node.id] = len(place)
         what: tuple[Any, ...]
         if node.load is not None:
@@ -304,4 +324,8 @@ def _digest(
             digest.update(shard.header)
     for pool, members in pools.items():
         digest.update(repr((pool, [place[node.id] for node in members])).encode())
+    for name, alignment in alignments.items():
+        spaces = [space for space in alignment.spaces if space.kind in alignment.kinds]
+        what = (name, alignment.use, alignment.params, alignment.digest, spaces)
+        digest.update(repr((what, [place[node.id] for node in alignment.nodes])).encode())
     return digest.hexdigest()

@@ -8,9 +8,10 @@ from typing import Any
 
 from mergekit_lite.checkpoint.meta import TensorMeta
 from mergekit_lite.family.family import Family
+from mergekit_lite.methods.permute import permuted
 from mergekit_lite.methods.random import derive_key
 from mergekit_lite.methods.spec import Call, Reach, Slot
-from mergekit_lite.plan.model import Node
+from mergekit_lite.plan.model import Alignment, Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +52,27 @@ class Builder:
 
     seed: int
     pools: dict[str, list[Node]] = field(default_factory=dict)
+    alignments: dict[str, Alignment] = field(default_factory=dict)
     _known: dict[Any, Node] = field(default_factory=dict)
     _shapes: dict[int, _Shape] = field(default_factory=dict)
 
     def load(self, meta: TensorMeta) -> Node:
         """The node that reads a tensor of a checkpoint."""
         return self._node(("load", meta.file, meta.name), shape=meta.shape, step="", load=meta)
+
+    def gather(self, inputs: Sequence[Node], step: str, alignment: str, place: tuple[tuple[str, Any], ...]) -> Node:
+        """The node that takes one of `inputs` in the order that `alignment` will give; `place` tells which part of it
+        is meant."""
+        return self._node(
+            ("gather", alignment, place, tuple(node.id for node in inputs)),
+            shape=inputs[0].shape,
+            step=step,
+            method=permuted,
+            inputs=tuple(inputs),
+            params=place,
+            pool=alignment,
+            reach="row",
+        )
 
     def call(
         self, call: Call | Slot, inputs: Sequence[Node], names: Sequence[str], step: str, tensor: str, path: str = ""

@@ -9,6 +9,7 @@ from typing import Any
 
 from mergekit_lite.checkpoint.meta import Checkpoint, TensorMeta
 from mergekit_lite.errors import Problem
+from mergekit_lite.family.spaces import Space
 from mergekit_lite.methods.spec import Method, Reach
 from mergekit_lite.recipe.model import Recipe
 
@@ -37,6 +38,35 @@ class Node:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """An order of units that the run finds before it computes tensors, for the steps that share it.
+
+    `use` is the method (`permute`, `reorder`, `merge_many`), or `known` where a file holds the order; `spaces` are all
+    spaces of the model, of which those of `kinds` are put in order. `models` are the tensors that are looked at, by
+    name: first the one to resemble, where there is one. `activations` are matrices by space, in the order of `models`.
+    `digest` is that of the file, `labels` are the names of the models that are put in order.
+    """
+
+    name: str
+    use: str
+    labels: tuple[str, ...]
+    spaces: tuple[Space, ...]
+    kinds: tuple[str, ...]
+    models: tuple[Mapping[str, Node], ...]
+    activations: tuple[Mapping[str, Node], ...] = ()
+    params: tuple[tuple[str, Any], ...] = ()
+    digest: str | None = None
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """All that is looked at, model by model."""
+        if self.use == "known":
+            return ()
+        tables = self.activations or self.models
+        return tuple(node for table in tables for node in table.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +160,7 @@ class Plan:
     outputs: tuple[Output, ...]
     units: tuple[Unit, ...]
     pools: Mapping[str, tuple[Node, ...]]
+    alignments: Mapping[str, Alignment]
     bytes_read: int
     bytes_input: int
     bytes_written: int

@@ -7,18 +7,21 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mergekit_lite.checkpoint.meta import DTYPE_BITS
-from mergekit_lite.plan.model import Node, Output, OutTensor, Unit
+from mergekit_lite.family.spaces import Space
+from mergekit_lite.plan.model import Alignment, Node, Output, OutTensor, Unit
 
 GRAIN = 1 << 16  # elements over which a statistic is summed at once; part of what defines the output's bytes
 BLOCK = 1 << 18  # elements of one block unless the run says otherwise; changes time and memory, never a byte
 SEGMENT = 1 << 24  # elements of one unit where a tensor can be cut: a unit is what a stopped run may have to redo
 COPY_BLOCK = 1 << 20  # bytes that a passthrough tensor is copied in: what a core's own cache holds
 THREAD = 3 << 22  # bytes of one thread's stack and of what its allocator keeps for later
+SWEEPS = 6  # passes over models whose spaces depend on one another, as weight matching usually takes them
 STATISTIC = 3 << 21  # bytes that a statistic gathers at most: keys near a threshold and their places
 
 
-def walk(roots: Iterable[Node]) -> Iterator[Node]:
-    """Every node below `roots`, inputs before users, each once."""
+def walk(roots: Iterable[Node], through: bool = True) -> Iterator[Node]:
+    """Every node below `roots`, inputs before users, each once. With `through` False not what lies below a node that
+    gathers rows, which reads its inputs in an order of its own."""
     seen: set[int] = set()
     stack = [(node, False) for node in reversed(list(roots))]
     while stack:
@@ -28,7 +31,8 @@ def walk(roots: Iterable[Node]) -> Iterator[Node]:
         elif node.id not in seen:
             seen.add(node.id)
             stack.append((node, True))
-            stack += [(below, False) for below in reversed(node.inputs)]
+            if through or node.method is None or not node.method.gathers:
+                stack += [(below, False) for below in reversed(node.inputs)]
 
 
 def grain_of(nodes: Iterable[Node]) -> int:
@@ -83,7 +87,16 @@ def make_units(outputs: Sequence[Output]) -> tuple[Unit, ...]:
     return tuple(units)
 
 
-def bytes_read(units: Sequence[Unit], pools: Mapping[str, Sequence[Node]]) -> int:
+def among(nodes: Iterable[Node]) -> dict[int, int]:
+    """The nodes of which a gathering node reads one, by id: how many there are to choose from."""
+    found: dict[int, int] = {}
+    for node in nodes:
+        if node.method is not None and node.method.gathers and len(node.inputs) > 1:
+            found.update((below.id, len(node.inputs)) for below in walk(node.inputs))
+    return found
+
+
+def bytes_read(units: Sequence[Unit], pools: Mapping[str, Sequence[Node]], alignments: Mapping[str, Alignment]) -> int:
     """Bytes read in all passes; the number of passes of a measured node is what it usually is."""
     total = 0
     for unit in units:
@@ -94,7 +107,22 @@ def bytes_read(units: Sequence[Unit], pools: Mapping[str, Sequence[Node]]) -> in
     # Pools that look at the same inputs are fed together.
     pooled = [node for members in pools.values() for node in members]
     total += _rounds(pooled) * sum(load_bytes(n, n.numel) for n in walk(pooled))
+    for alignment in alignments.values():
+        total += passes(alignment) * sum(load_bytes(n, n.numel) for n in walk(alignment.nodes))
     return total
+
+
+def passes(alignment: Alignment) -> int:
+    """How often the tensors of an alignment are usually read: once where no space depends on another, else in some
+    sweeps."""
+    if alignment.activations or alignment.use == "reorder":
+        return 1
+    axes: dict[str, set[str]] = {}
+    for space in alignment.spaces:
+        if space.kind in alignment.kinds and space.parent is None:
+            for use in space.uses:
+                axes.setdefault(use.tensor, set()).add(space.name)
+    return 1 if all(len(names) == 1 for names in axes.values()) and alignment.use == "permute" else SWEEPS
 
 
 def _rounds(nodes: Iterable[Node]) -> int:
@@ -110,11 +138,12 @@ def input_bytes(units: Sequence[Unit]) -> int:
 def _pass_bytes(nodes: Sequence[Node], numel: int) -> int:
     """Stored bytes that one pass over `numel` elements of a tensor reads."""
     aside = beside(nodes)
+    choice = among(nodes)
     total = 0
     for node in nodes:
         way, owner = aside.get(node.id, ("", node))
         share = numel if not way else node.numel * numel // max(1, owner.numel) if way == "rows" else node.numel
-        total += load_bytes(node, share)
+        total += load_bytes(node, share) // choice.get(node.id, 1)
     return total
 
 
@@ -123,9 +152,16 @@ def load_bytes(node: Node, numel: int) -> int:
     return 0 if node.load is None else numel * DTYPE_BITS[node.load.dtype] // 8
 
 
-def peak_bytes(units: Sequence[Unit], pools: Mapping[str, Sequence[Node]], threads: int, block: int, size: int) -> int:
-    """Anonymous memory of the blocks at work: the costliest unit, once per thread. `block` is in elements, `size` the
-    bytes of one element in the compute dtype."""
+def peak_bytes(
+    units: Sequence[Unit],
+    pools: Mapping[str, Sequence[Node]],
+    alignments: Mapping[str, Alignment],
+    threads: int,
+    block: int,
+    size: int,
+) -> int:
+    """Anonymous memory of the blocks at work: the costliest unit, once per thread, or the costliest space of an
+    alignment. `block` is in elements, `size` the bytes of one element in the compute dtype."""
     worst = COPY_BLOCK
     for unit in units:
         worst = max(worst, _block_bytes(unit.nodes, block, size))
@@ -133,16 +169,35 @@ def peak_bytes(units: Sequence[Unit], pools: Mapping[str, Sequence[Node]], threa
         # The members of a pool have one structure.
         for node in {node.shape: node for node in members}.values():
             worst = max(worst, _block_bytes(list(walk([node])), block, size))
+    for alignment in alignments.values():
+        worst = max(worst, _alignment_bytes(alignment, size))
     return (worst + THREAD) * threads
+
+
+def _alignment_bytes(alignment: Alignment, size: int) -> int:
+    """Memory of the costliest space: its tensors of two models, and what the solver of an assignment takes."""
+    if alignment.use == "known":
+        return 0
+    from mergekit_lite.align.memory import matching_bytes
+
+    shapes = {name: node.shape for table in alignment.models for name, node in table.items()}
+    chosen = [space for space in alignment.spaces if space.kind in alignment.kinds]
+    children: dict[str, list[Space]] = {}
+    for space in chosen:
+        if space.parent is not None:
+            children.setdefault(space.parent, []).append(space)
+    return max(matching_bytes(s, shapes, children=children.get(s.name, ()), number=size) for s in chosen)
 
 
 def _block_bytes(nodes: Sequence[Node], block: int, size: int) -> int:
     grain = grain_of(nodes)
     aside = beside(nodes)
+    choice = among(nodes)
     numel = max(n.numel for n in nodes if n.id not in aside)
     elements = min(numel, max(grain, block // grain * grain))
     # Every node's block lives until the block is done; a stored block, and room for the temporaries of one kernel.
-    blocks = elements * size * (len(nodes) - len(aside) + 4)
+    there = sum(1 / choice.get(n.id, 1) for n in nodes)
+    blocks = elements * size * (math.ceil(there) - len(aside) + 4)
     # What is read beside them is held for the whole tensor, with a part of it put in order for a kernel, unless it
     # comes in rows.
     for node in nodes:

@@ -170,7 +170,7 @@ def _setting(param: Param) -> Schema:
     made: Schema = {"description": text}
     if not param.required and param.default is not None:
         made["default"] = param.default
-    if param.kind == "reference":
+    if param.kind in ("reference", "path"):
         return made | scalar
     forms = [scalar]
     if param.kind == "number":
@@ -204,8 +204,11 @@ def _scalar(param: Param) -> Schema:
         return {"enum": list(param.choices)}
     if param.kind == "flag":
         return {"type": "boolean"}
-    if param.kind == "reference":
+    if param.kind in ("reference", "path"):
         return TEXT
+    if param.kind == "words":
+        one: Schema = {"enum": list(param.choices)}
+        return {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
     if param.kind == "layers":
         return {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}
     made: Schema = {"type": param.kind}

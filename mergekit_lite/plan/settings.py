@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from mergekit_lite.errors import Mark, Problem, suggest
@@ -69,11 +69,12 @@ def _base(step: Step, method: Method) -> list[Problem]:
     return problems
 
 
-def statistics(step: Step, method: Method) -> list[Ref]:
-    """The models or steps that the step's `reference` settings name: parameter by parameter, input by input."""
+def statistics(step: Step, method: Method, only: str | None = None) -> list[Ref]:
+    """The models or steps that the step's `reference` settings name: parameter by parameter, input by input. `only` is
+    the one setting that is asked for."""
     found: list[Ref] = []
     for param in method.params:
-        if param.kind == "reference":
+        if param.kind == "reference" and only in (None, param.name):
             common = step.params.get(param.name)
             values = [item.params.get(param.name, common) for item in step.of] if param.per_input else [common]
             found += [Ref(str(v.rules[0].value), v.mark) for v in values if v is not None and v.constant]
@@ -96,16 +97,27 @@ def _statistics(step: Step, method: Method, recipe: Recipe) -> list[Problem]:
     return problems
 
 
-def references_of(step: Step, methods: Mapping[str, Method]) -> list[Ref]:
+def references_of(step: Step, methods: Mapping[str, Method], steps: Container[str]) -> list[Ref]:
     """Everything that a step works from: inputs, base, rest, and what its settings refer to."""
-    return [*references(step), *(statistics(step, methods[step.use]) if step.use in methods else [])]
+    known = [] if step.use not in methods else statistics(step, methods[step.use])
+    source = known_step(step, steps)
+    return [*references(step), *known, *([source] if source else [])]
+
+
+def known_step(step: Step, steps: Container[str]) -> Ref | None:
+    """The step of `steps` whose permutations `from` names; None where it names a file, or there is no `from`."""
+    value = step.params.get("from")
+    name = value.rules[0].value if value is not None and value.constant else None
+    return Ref(name, value.mark) if value is not None and isinstance(name, str) and name in steps else None
 
 
 def _cycles(recipe: Recipe, methods: Mapping[str, Method]) -> list[Problem]:
     """Cycles that go through a `reference` setting; the reader has found the others."""
     if cycles({step.name: [ref.name for ref in references(step)] for step in recipe.steps.values()}):
         return []
-    uses = {step.name: [ref.name for ref in references_of(step, methods)] for step in recipe.steps.values()}
+    uses = {
+        step.name: [ref.name for ref in references_of(step, methods, recipe.steps)] for step in recipe.steps.values()
+    }
     return [
         Problem(f"the steps refer to one another in a circle: {' -> '.join(path)}", recipe.steps[path[0]].mark)
         for path in cycles(uses)
@@ -140,7 +152,7 @@ def _settings(step: Step, method: Method) -> list[Problem]:
 
 
 def _fault(param: Param, scalar: Any) -> str | None:
-    if isinstance(scalar, tuple) and param.kind != "layers":
+    if isinstance(scalar, tuple) and param.kind not in ("layers", "words"):
         return f"`{param.name}` is one value, not a list"
     return param.fault(scalar)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,15 @@ from mergekit_lite.checkpoint.meta import TensorMeta
 from mergekit_lite.plan.model import Node, OutTensor, Plan, Unit
 from mergekit_lite.run.copy import ByteSource
 from mergekit_lite.run.device import DeviceLoader, find_device, lane
-from mergekit_lite.run.evaluate import Blocks, freeze, subset
+from mergekit_lite.run.evaluate import Blocks, subset
 from mergekit_lite.run.nonfinite import note
-from mergekit_lite.run.pools import measure_pools
+from mergekit_lite.run.pools import Watchers, measure_pools
 from mergekit_lite.run.program import Loader, Loads, Stats
 from mergekit_lite.run.sink import Sink
 from mergekit_lite.run.threads import keep_freed_blocks, one_thread_per_operation
+
+if TYPE_CHECKING:
+    from mergekit_lite.run.alignment import Solved
 
 # Dtypes whose range float32 numbers may leave on the last rounding.
 NARROW = frozenset({"F16", "F8_E4M3", "F8_E5M2"})
@@ -38,17 +41,12 @@ class Computer:
     stats: Stats
 
     def measure(
-        self,
-        plan: Plan,
-        known: Mapping[str, Sequence[Any]],
-        threads: Executor,
-        report: Callable[[str, Node], None],
-        found: Callable[[str, Sequence[Any]], None],
-    ) -> None:
-        """Gather the statistics that several tensors share. `known` holds those of an earlier run, `found` is told of
-        new ones, `report` of every tensor that is through."""
-        before = {pool: [freeze(stat) for stat in stats] for pool, stats in known.items()}
-        self.stats = measure_pools(plan.pools, before, self.blocks, threads, report, found)
+        self, plan: Plan, known: Mapping[str, Sequence[Any]], threads: Executor, watchers: Watchers
+    ) -> dict[str, Solved]:
+        """Gather the statistics that several tensors share, and give what was found for the plan's alignments. `known`
+        holds those of an earlier run."""
+        self.stats, solved = measure_pools(plan, known, self.blocks, threads, watchers)
+        return solved
 
     def unit(
         self, unit: Unit, sink: Sink, found: dict[str, dict[str, int]], report: Callable[[Node, int, int], None]

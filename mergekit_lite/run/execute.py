@@ -20,6 +20,7 @@ from mergekit_lite.run.journal import Done, Journal
 from mergekit_lite.run.sink import Sink
 
 if TYPE_CHECKING:
+    from mergekit_lite.run.alignment import Solved
     from mergekit_lite.run.compute import Computer
 
 WITHIN_SECONDS = 0.2  # how often a tensor in a long iteration tells how far it is, at most
@@ -28,10 +29,10 @@ JOURNAL_SECONDS = 3.0  # how much finished work a crash may cost, at most
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is. `phase` is `measure` (statistics over all tensors) or `merge`; `done` and `total` count bytes
-    written, in `measure` tensors looked at; `read` counts bytes read so far; `label` names the tensor last finished. A
-    tensor in the middle of a long iteration tells its steps, done and all, in `within`, and counts in `done` by its
-    share."""
+    """How far a run is. `phase` is `align` (orders of units), `measure` (statistics over all tensors) or `merge`.
+    `done` and `total` count bytes written, in `measure` tensors looked at, in `align` spaces; `read` counts bytes read
+    so far; `label` names the tensor last finished, in `align` the space. A tensor in the middle of a long iteration
+    tells its steps, done and all, in `within`, and counts in `done` by its share."""
 
     phase: str
     label: str
@@ -61,17 +62,27 @@ class Options:
 @dataclass
 class Findings:
     """What a run saw: non-finite numbers by `file:tensor` in the inputs, numbers beyond the output dtype's range by
-    output tensor, bytes read, units taken over from an earlier run."""
+    output tensor, bytes read, units taken over from an earlier run, the orders of units that were found by step."""
 
     nonfinite: dict[str, int] = field(default_factory=dict)
     overflow: dict[str, int] = field(default_factory=dict)
     bytes_read: int = 0
     resumed: int = 0
+    alignments: dict[str, Solved] = field(default_factory=dict)
 
     def add(self, entry: Mapping[str, Any]) -> None:
         for mine, theirs in ((self.nonfinite, entry["nonfinite"]), (self.overflow, entry["overflow"])):
             for name, count in theirs.items():
                 mine[name] = mine.get(name, 0) + count
+
+    def as_json(self) -> dict[str, Any]:
+        """All but the orders of units, which every rank finds for itself."""
+        return {
+            "nonfinite": self.nonfinite,
+            "overflow": self.overflow,
+            "bytes_read": self.bytes_read,
+            "resumed": self.resumed,
+        }
 
     @classmethod
     def sum(cls, parts: Iterable[Mapping[str, Any]]) -> Findings:
@@ -120,7 +131,7 @@ def execute(
     """Carry out what is left of `plan`. Raises InterruptedRun on Ctrl-C with everything finished so far safe, and
     whatever a source or a sink raises, likewise."""
     run = _Run(plan, _Counted(source), sink, journal, done, options)
-    if all(unit.targets[0][1].copied for unit in run.todo):
+    if not plan.alignments and all(unit.targets[0][1].copied for unit in run.todo):
         return run.go()  # without torch, whose import takes longer than many a copy
     from mergekit_lite.run.compute import computing
 
@@ -159,7 +170,7 @@ class _Run:
         try:
             with ThreadPoolExecutor(self.options.threads, "merge") as threads:
                 try:
-                    if self.computer is not None and self.plan.pools:
+                    if self.computer is not None and (self.plan.pools or self.plan.alignments):
                         self._pools(threads, self.computer)
                     self._units(threads)
                 except BaseException:
@@ -187,18 +198,24 @@ class _Run:
     # Statistics over all tensors
 
     def _pools(self, threads: ThreadPoolExecutor, computer: Computer) -> None:
+        from mergekit_lite.run.pools import Watchers
+
         total = sum(len(members) for members in self.plan.pools.values())
         seen = itertools.count(1)
 
-        def report(pool: str, node: Node) -> None:
+        def tensor(pool: str, node: Node) -> None:
             step = pool.split(":")[0]
             self.options.progress(Progress("measure", step, step, next(seen), total, 0, total, 0, 0, self.source.bytes))
+
+        def space(step: str, name: str, done: int, among: int) -> None:
+            self.options.progress(Progress("align", name, step, done, among, 0, among, 0, 0, self.source.bytes))
 
         def found(pool: str, stats: Sequence[Any]) -> None:
             if self.journal is not None:
                 self.journal.pool(pool, stats)
 
-        computer.measure(self.plan, self.done.pools, threads, report, found)
+        solved = computer.measure(self.plan, self.done.pools, threads, Watchers(tensor, space, found))
+        self.findings.alignments.update(solved)
 
     # Units
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mergekit_lite.checkpoint.extras import copy_extras, output_config
 from mergekit_lite.errors import StoppedError
 from mergekit_lite.plan.layout import INDEX
 from mergekit_lite.plan.lock import NAME as LOCK
 from mergekit_lite.plan.model import Output, Plan, Unit
+from mergekit_lite.plan.order import walk
 from mergekit_lite.run.digest import file_digests
 from mergekit_lite.run.journal import NAME as JOURNAL
 from mergekit_lite.run.ranks import Share
 from mergekit_lite.run.sink import partial
 
+if TYPE_CHECKING:
+    from mergekit_lite.run.alignment import Solved
+
 RECIPE = "recipe.yaml"
+PERMUTATIONS = "permutations"
 
 
 def input_files(plan: Plan) -> list[Path]:
@@ -61,13 +67,14 @@ def collect(
     return inputs, shards
 
 
-def complete(plan: Plan, lock: str) -> None:
-    """Put configuration, tokenizer, index, recipe and lock beside the shards, then rename every partial folder to its
-    name; the one that holds the journal comes last. Raises StoppedError where the disk is full or a name has been taken
-    since the plan was made."""
+def complete(plan: Plan, lock: str, solved: Mapping[str, Solved]) -> None:
+    """Put configuration, tokenizer, index, recipe, lock and permutations beside the shards, then rename every partial
+    folder to its name; the one that holds the journal comes last. Raises StoppedError where the disk is full or a name
+    has been taken since the plan was made."""
     for output in plan.outputs:
         try:
             _extras(plan, output, lock)
+            _permutations(plan, output, solved)
             _fsync_folder(partial(output.to))
         except OSError as fault:
             hint = "make room on the disk or check it, then go on with `--resume`"
@@ -94,6 +101,26 @@ def _extras(plan: Plan, output: Output, lock: str) -> None:
     _write(folder / LOCK, lock)
 
 
+def _permutations(plan: Plan, output: Output, solved: Mapping[str, Solved]) -> None:
+    """The orders of units that went into an output, a file for each model whose units were moved."""
+    if not solved:
+        return
+    from mergekit_lite.align.file import to_bytes
+
+    used = {node.pool for node in walk(tensor.node for tensor in output.tensors)}
+    folder = partial(output.to) / PERMUTATIONS
+    for name, found in solved.items():
+        if name not in used or plan.alignments[name].use == "known":
+            continue
+        folder.mkdir(exist_ok=True)
+        labels = plan.alignments[name].labels
+        for number, (label, orders) in enumerate(zip(labels, found.permutations, strict=True), start=1):
+            file = f"{name}.safetensors" if len(labels) == 1 else f"{name}.{number}.safetensors"
+            _write(folder / file, to_bytes(orders, {"model": label, **found.figures}))
+    if folder.is_dir():
+        _fsync_folder(folder)
+
+
 def _main_dtype(output: Output) -> str:
     """The dtype that most bytes of the output have."""
     sizes: dict[str, int] = {}
@@ -102,9 +129,9 @@ def _main_dtype(output: Output) -> str:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
+def _write(path: Path, content: str | bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
 

@@ -2,58 +2,96 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.methods.measure import Measure, Part
-from mergekit_lite.plan.model import Node
+from mergekit_lite.plan.model import Node, Plan
 from mergekit_lite.plan.order import walk
-from mergekit_lite.run.evaluate import Blocks, measure_of
+from mergekit_lite.run.evaluate import Blocks, freeze, measure_of
 from mergekit_lite.run.program import Stats
+
+if TYPE_CHECKING:
+    from mergekit_lite.run.alignment import Solved
 
 Members = tuple[Node, ...]
 
 
-def levels(pools: Mapping[str, Members]) -> list[list[str]]:
-    """The pools in the order in which they can be measured: a level needs only the statistics of those before it."""
-    pool_of = {node.id: name for name, members in pools.items() for node in members}
-    needs = {
-        name: {pool_of[n.id] for n in walk(members) if n.id in pool_of} - {name} for name, members in pools.items()
-    }
+def levels(looked_at: Mapping[str, Sequence[Node]]) -> list[list[str]]:
+    """Statistics by name, with the nodes that each looks at, in the order in which they can be formed: a level needs
+    only those before it."""
+    needs = {name: {n.pool for n in walk(nodes) if n.pool} - {name} for name, nodes in looked_at.items()}
     ordered: list[list[str]] = []
     done: set[str] = set()
-    while len(done) < len(pools):
-        level = [name for name in pools if name not in done and needs[name] <= done]
+    while len(done) < len(needs):
+        level = [name for name in needs if name not in done and needs[name] <= done]
         ordered.append(level)
         done.update(level)
     return ordered
 
 
+@dataclass(frozen=True, slots=True)
+class Watchers:
+    """Who is told how far it is: of every finished tensor of a pool, of the spaces of an alignment, and of every new
+    statistic, by name."""
+
+    tensor: Callable[[str, Node], None]
+    space: Callable[[str, str, int, int], None]
+    found: Callable[[str, Sequence[Any]], None]
+
+
 def measure_pools(
-    pools: Mapping[str, Members],
-    known: Mapping[str, Sequence[Any]],
-    blocks: Blocks,
-    threads: Executor,
-    report: Callable[[str, Node], None],
-    found: Callable[[str, Sequence[Any]], None],
-) -> Stats:
-    """The statistics of every pool, by node id. `known` holds those of an earlier run; `found` is told of new ones,
-    pool by pool; `report` of each finished tensor."""
+    plan: Plan, known: Mapping[str, Sequence[Any]], blocks: Blocks, threads: Executor, watchers: Watchers
+) -> tuple[Stats, dict[str, Solved]]:
+    """The statistics of every pool and alignment of the plan, by node id, and what was found for the alignments by
+    name. `known` holds those of an earlier run."""
     stats: Stats = {}
-    for name in known:
-        stats.update({node.id: stat for node, stat in zip(pools[name], known[name], strict=True)})
-    for level in levels(pools):
-        going = {name: measure_of(pools[name]) for name in level if name not in known}
+    solved: dict[str, Solved] = {}
+    pools = plan.pools
+    for level in levels({**pools, **{name: alignment.nodes for name, alignment in plan.alignments.items()}}):
+        for name in level:
+            if name in plan.alignments:
+                stats.update(_align(name, plan, stats, known, blocks, threads, watchers, solved))
+            elif name in known:
+                before = [freeze(stat) for stat in known[name]]
+                stats.update({node.id: stat for node, stat in zip(pools[name], before, strict=True)})
+        going = {name: measure_of(pools[name]) for name in level if name in pools and name not in known}
         while going:
             parts = {name: [measure.part(i) for i in range(len(pools[name]))] for name, measure in going.items()}
-            _round(pools, parts, stats, blocks, threads, report)
+            _round(pools, parts, stats, blocks, threads, watchers.tensor)
             going = {
                 name: measure
                 for name, measure in going.items()
-                if not _closed(name, measure, parts, pools, stats, found)
+                if not _closed(name, measure, parts, pools, stats, watchers.found)
             }
-    return stats
+    return stats, solved
+
+
+def _align(
+    name: str,
+    plan: Plan,
+    stats: Stats,
+    known: Mapping[str, Sequence[Any]],
+    blocks: Blocks,
+    threads: Executor,
+    watchers: Watchers,
+    solved: dict[str, Solved],
+) -> Stats:
+    """Where the nodes that one alignment permutes take their rows from. What was found goes to `solved`."""
+    from mergekit_lite.run.alignment import Solved, places, solve
+
+    alignment = plan.alignments[name]
+    if name in known:
+        solved[name] = Solved.from_json(known[name][0])
+    else:
+        solved[name] = solve(alignment, stats, blocks, threads, functools.partial(watchers.space, name))
+        watchers.found(name, [solved[name].as_json()])
+    looked_at = [*plan.pools.values(), *(one.nodes for one in plan.alignments.values())]
+    everything = [*(n for unit in plan.units for n in unit.nodes), *(n for nodes in looked_at for n in nodes)]
+    return places(alignment, solved[name], (n for n in walk(everything) if n.pool == name))
 
 
 def _closed(

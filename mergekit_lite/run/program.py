@@ -18,12 +18,18 @@ from mergekit_lite.plan.model import Node
 from mergekit_lite.plan.order import beside, row_length, walk
 from mergekit_lite.plan.words import count
 from mergekit_lite.run.copy import ByteSource
+from mergekit_lite.run.gather import Gather
 
 Stats = dict[int, Any]  # node id -> what its measure found for this tensor
 
 
 class Loads(Protocol):
     """Loads blocks of stored tensors in the dtype of the arithmetic, to where the kernels run. For one thread."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the kernels run."""
+        ...
 
     def load(self, meta: TensorMeta, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a tensor, flat, in memory of their own."""
@@ -39,6 +45,10 @@ class Loader:
     compute: torch.dtype
     _raw: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     _views: dict[tuple[torch.dtype, int], tuple[Tensor, memoryview]] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
 
     def load(self, meta: TensorMeta, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a tensor, flat, in memory of their own."""
@@ -73,6 +83,7 @@ class _Operation:
     shapes: tuple[tuple[int, ...], ...] = ()  # of the inputs, for a matrix method
     length: int = 0  # of a row, for a row method
     beside: tuple[_Beside, ...] = ()
+    gather: Gather | None = None
     spent: list[int] = field(default_factory=list)
 
 
@@ -106,12 +117,12 @@ class Program:
         self._step = step
         self._stats = stats
         self._kept: dict[int, Tensor] = {}  # by node id, what all blocks need
-        everything = list(walk(roots))
+        everything = list(walk(roots, through=False))
         aside = beside(everything)
         nodes = [node for node in everything if node.id not in aside or any(node is root for root in roots)]
         place = {node.id: i for i, node in enumerate(nodes)}
         self._first = True
-        self._whole = any(node.reach == "matrix" for node in nodes)
+        self.whole = any(node.reach == "matrix" for node in nodes)
         self._operations = [self._operation(node, place) for node in nodes]
         self._roots = [place[node.id] for node in roots]
         last = {i: at for at, operation in enumerate(self._operations) for i in operation.inputs}
@@ -125,12 +136,14 @@ class Program:
         results: list[Any] = [None] * len(self._operations)
         for i, operation in enumerate(self._operations):
             node = operation.node
-            if self._whole:
+            if self.whole:
                 start, stop = 0, node.numel
             if node.load is not None:
                 result = self._loader.load(node.load, start, stop)
                 if self._watch is not None:
                     self._watch(node.load, result)
+            elif operation.gather is not None:
+                result = operation.gather.block(start, stop)
             else:
                 assert node.method is not None
                 xs = [results[j] for j in operation.inputs]
@@ -152,6 +165,8 @@ class Program:
     def _operation(self, node: Node, place: dict[int, int]) -> _Operation:
         if node.method is None:
             return _Operation(node)
+        if node.method.gathers:
+            return _Operation(node, gather=self._gather(node))
         operation = _Operation(node, arguments=keywords(dict(node.params)))
         if node.id in self._stats:
             operation.arguments["stat"] = self._stats[node.id]
@@ -168,6 +183,14 @@ class Program:
                 inputs = inputs[:1]
         operation.inputs = tuple(place[below.id] for below in inputs)
         return operation
+
+    def _gather(self, node: Node) -> Gather:
+        taken = self._stats[node.id]
+        below = node.inputs[taken.source]
+        program = Program([below], self._loader, self._stats, self._watch, self._step)
+        return Gather(
+            node.shape, taken, lambda start, stop: program.run(start, stop)[0], program.whole, self._loader.device
+        )
 
     def _aside(self, node: Node, below: Node, way: str) -> _Beside:
         # What is kept is read for every part of a tensor again, and watched over by nobody but the first.

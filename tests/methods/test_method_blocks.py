@@ -57,7 +57,7 @@ SUMMED = {"slerp", "model_stock", "nuslerp", "multislerp", "karcher", "geometric
 PARTS = [
     m
     for m in all_methods().values()
-    if m.public and not m.composite and m.reach != "structure" and not any(p.kind == "reference" for p in m.params)
+    if m.public and not m.composite and m.reach not in ("structure", "alignment") and not any(p.kind == "reference" for p in m.params)
 ]
 CASES = [(m, params) for m in PARTS for params in SETTINGS.get(m.name, [{}])]
 IDS = [f"{m.name}-{i}" for i, (m, _) in enumerate(CASES)]

@@ -1,0 +1,1 @@
+"""How good a merged model is, by a program of the user's that prints a number."""
