@@ -35,8 +35,9 @@ demo/.trained: scripts/train_digits.py scripts/digits.py | $(INSTALLED)
 	$(BIN)/python scripts/train_digits.py --out demo
 	@touch $@
 
-reproduce: $(INSTALLED) ## compare every multi-task method on eight tasks, write docs/reproduce.md
+reproduce: $(INSTALLED) ## compare merges on eight tasks, match networks; write docs/reproduce.md and docs/alignment.md
 	$(BIN)/python scripts/reproduce.py --write docs/reproduce.md
+	$(BIN)/python scripts/reproduce_permute.py --write docs/alignment.md
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)

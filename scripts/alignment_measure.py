@@ -12,8 +12,10 @@ import torch
 from alignment_models import Judge, Weights, scores
 from torch import Tensor, nn
 
+from mergekit_lite.align.reset import reset_bn
 from mergekit_lite.family.axes import spaces_of
 from mergekit_lite.family.data import load_family
+from mergekit_lite.family.spaces import Space
 
 POINTS = 25
 SPLITS = ("train", "test")
@@ -73,31 +75,26 @@ def distance(a: Weights, b: Weights) -> float:
 
 def with_statistics(judge: Judge, weights: Weights) -> Weights:
     """`weights` with the running statistics of BatchNorm measured anew on the training images."""
-    module = judge.net.module().train()
+    module = judge.net.module()
     module.load_state_dict(weights)
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.reset_running_stats()
-            part.momentum = None  # the mean of all batches
-    with torch.no_grad():
-        for part in judge.data.inputs["train"].split(400):
-            module(part)
+    reset_bn(module, judge.data.inputs["train"].split(400))
     return {name: tensor.detach() for name, tensor in module.state_dict().items()}
+
+
+def spaces(judge: Judge, weights: Weights) -> tuple[Space, ...]:
+    """The spaces of the network."""
+    family = judge.net.family
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    return spaces_of(judge.net.config(judge.module), shapes, None if family is None else load_family(family))
 
 
 def activations(judge: Judge, weights: Weights, examples: int) -> Weights:
     """By space: what the layers that read it get as input on the first training examples, (rows, elements). Every token
     and every pixel is a row, and so is every layer that reads the space."""
     module = judge.module
-    family = judge.net.family
-    spaces = spaces_of(
-        judge.net.config(module),
-        {name: tuple(tensor.shape) for name, tensor in weights.items()},
-        None if family is None else load_family(family),
-    )
     readers = {
         judge.names[use.tensor].removesuffix(".weight"): space.name
-        for space in spaces
+        for space in spaces(judge, weights)
         for use in space.uses
         if space.parent is None and use.axis == 1
     }

@@ -10,21 +10,26 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
-from alignment_measure import Way, activations, path_length, way, with_statistics
+from alignment_measure import Way, activations, path_length, spaces, way, with_statistics
 from alignment_merges import Merger
 from alignment_models import Judge, Net, Weights, scores, trained
 from alignment_results import CNN, LLAMA, MLPS, SMOOTH, VIT, Line, Many, Results, Smooth
 from alignment_text import bars_text, document, tables
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
+from mergekit_lite.align.apply import moves, permuted
+from mergekit_lite.align.ste import ste
 from mergekit_lite.merge import default_threads
 
 SEEDS = (0, 1, 2)
@@ -33,6 +38,7 @@ EXAMPLES = {"llama": 16}  # training examples behind activations; 256 of the oth
 TESTED = {"llama": 32}  # examples of each split that a loss is the mean of; all of the others
 COUNTS = (2, 3, 5, 8)
 MANY = MLPS[1]
+STE_BATCH, STE_STEPS = 400, 60  # twenty epochs
 WAYS = ("naive", "star", "merge_many", "cycle")
 
 NAIVE = Line("as they are")
@@ -111,11 +117,44 @@ def single(net: Net, seed: int) -> Many:
     return Many(*(sum(values) / len(found) for values in zip(*found, strict=True)))
 
 
+def learnt(net: Net, seed: int, number: int) -> Weights:
+    """A network in the order that is learnt by the loss of its mean with the first. The order is chosen by the loss on
+    all training images."""
+    measured = judge(net, seed)
+    first, other = model(net, seed, 0), model(net, seed, number)
+    inputs, labels = measured.data.inputs["train"], measured.data.labels["train"]
+    batches = itertools.cycle(range(0, len(inputs), STE_BATCH))
+
+    def loss(weights: Mapping[str, Tensor], seen: slice) -> Tensor:
+        return cross_entropy(scores(measured.module, weights, inputs[seen]), labels[seen])
+
+    def batch_loss(weights: Mapping[str, Tensor]) -> Tensor:
+        start = next(batches)
+        return loss(weights, slice(start, start + STE_BATCH))
+
+    units = spaces(measured, other)
+    shapes = {name: tuple(tensor.shape) for name, tensor in other.items()}
+    found = ste(
+        first,
+        other,
+        units,
+        batch_loss,
+        lr=0.1,
+        steps=STE_STEPS,
+        validation=lambda state: loss(state, slice(None)),
+        seed=seed,
+    )
+    moved = moves(units, found.permutations, shapes)
+    return {name: permuted(moved[name], other[moved[name].source]) if name in moved else w for name, w in other.items()}
+
+
 def between_others(net: Net, seed: int, how: str) -> Way:
     """What lies between the second and the third of three networks that are matched as `how` says."""
     models = [model(net, seed, number) for number in range(3)]
     if how == "naive":
         return way(judge(net, seed), models[1], models[2])
+    if how == "ste":
+        return way(judge(net, seed), learnt(net, seed, 1), learnt(net, seed, 2))
     found = merger(net, seed)
     b, c = (found.many(models, weights, way=how) for weights in ([0.0, 1.0, 0.0], [0.0, 0.0, 1.0]))
     return way(judge(net, seed), b, c)
@@ -159,7 +198,7 @@ def measure(workers: int, console: Console) -> Results:
             for count in COUNTS
             for how in WAYS
         }
-        others = {how: [pool.submit(between_others, MANY, seed, how) for seed in SEEDS] for how in WAYS}
+        others = {how: [pool.submit(between_others, MANY, seed, how) for seed in SEEDS] for how in (*WAYS, "ste")}
         singles = [pool.submit(single, MANY, seed) for seed in SEEDS]
         orders = [pool.submit(smooth, SMOOTH, seed) for seed in SEEDS]
         groups: list[list[Future[Any]]] = [*lines.values(), *means.values(), *others.values(), singles, orders]

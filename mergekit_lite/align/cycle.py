@@ -24,7 +24,6 @@ from mergekit_lite.lazy import Tensor
 
 STEPS = 30  # of Frank-Wolfe at most
 GAIN = 1e-4  # the part of the objective that a step must add
-POINTS = np.linspace(0.0, 1.0, 7)  # a tensor with three permuted axes makes a polynomial of degree 6
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,8 @@ def cycle(part: Part) -> tuple[list[dict[str, Order]], int, bool]:
     matched to the mean of the others in turn, which can only add. Whatever agrees more, this or the start so treated,
     is taken. Needs memory for no more than one tensor of all models, but reads them at each step of the search."""
     begun, _, _ = star(part)
+    if len(part.models) == 1:
+        return begun, 0, True
     mixtures = [[_Atom(1.0, p)] for p in begun]
     for _ in range(STEPS):
         part.settings.check()
@@ -110,13 +111,16 @@ def _line(
     part: Part, mixtures: Sequence[Sequence[_Atom]], towards: Sequence[dict[str, Order]]
 ) -> tuple[float, float, float]:
     """The best step from 0 to 1, what it adds to the objective and the objective before. The objective is a polynomial
-    in the step, known from its values at as many points as it has coefficients."""
+    in the step, of twice as many degrees as a tensor has permuted axes, and known from its values at as many points as
+    it has coefficients."""
+    axes = max(sum(len(tree.axes.get(name, ())) for tree in part.trees) for name in part.names)
+    points = np.linspace(0.0, 1.0, 2 * axes + 1)
     values = []
-    for point in POINTS:
+    for point in points:
         stepped = [_stepped(m, p, float(point)) for m, p in zip(mixtures, towards, strict=True)]
         models = [_mixed(part, i, mixture) for i, mixture in enumerate(stepped)]
         values.append(sum(pair_products([of(name) for of in models]) for name in part.names))
-    fitted = np.polynomial.Polynomial.fit(POINTS, values, len(POINTS) - 1)
+    fitted = np.polynomial.Polynomial.fit(points, values, len(points) - 1)
     roots = np.asarray(fitted.deriv().roots(), dtype=np.complex128)
     turning = [float(root.real) for root in roots if abs(root.imag) < 1e-9 and 0 < root.real < 1]
     best = max([0.0, 1.0, *turning], key=lambda step: float(fitted(step)))

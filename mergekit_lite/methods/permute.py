@@ -8,7 +8,7 @@ from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.spec import Param, Params
 
-KINDS = ("mlp", "heads", "qk", "vo", "residual", "experts", "channels", "pool")
+KINDS = ("mlp", "heads", "qk", "vo", "residual", "experts", "channels", "pool", "latent", "embeddings")
 DEFAULT_KINDS = ("mlp", "heads", "experts", "channels")
 
 SPACES = Param("spaces", "words", DEFAULT_KINDS, "which kinds of units may change places", choices=KINDS)
@@ -55,7 +55,7 @@ def permute(xs: Sequence[Tensor], **settings: object) -> Tensor:
 
     - `mlp` hidden units of a feed-forward part; `heads` attention heads, under grouped-query attention within their
       group and as whole groups; `experts` with the units inside each; `channels` of convolutions; `pool` a pooler's
-      outputs. `qk` and `vo` are the coordinates inside a head, where the architecture lets them move. `residual` is
+      outputs; `latent` and `embeddings` the inner widths of factored projections. `qk` and `vo` are the coordinates inside a head, where the architecture lets them move. `residual` is
       the basis of the residual stream: of use only for networks that do not descend from one another.
     - `cost`: `dot` as above; `cosine` gives every tensor the same weight; `activation` matches units whose activations
       on the same samples correlate.

@@ -137,7 +137,7 @@ def encoder(heads: int = 3, head: int = 4, width: int = 9, *, fused: bool = Fals
     if fused:
         shapes |= {"qkv": (3 * n, width), "qkv.bias": (3 * n,)}
     else:
-        shapes |= {name: (n, width) for name in "qkv"} | {f"{name}.bias": (n,) for name in "qkv"}
+        shapes |= dict.fromkeys("qkv", (n, width)) | {f"{name}.bias": (n,) for name in "qkv"}
 
     def at(part: str, offset: int, block: int) -> list[Use]:
         if fused:

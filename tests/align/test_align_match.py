@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from itertools import permutations as arrangements
 from itertools import product as combinations
 
@@ -100,7 +101,7 @@ def test_objective_never_falls_and_is_true(name: str, anchored: bool, cost: str)
             a, b = ({name: 3 * tensor / tensor.norm() for name, tensor in each.items()} for each in (a, b))
         found = solve(net, a, b, anchored=anchored, cost=cost, seed=seed)
         steps = [found.start, *found.objective]
-        assert all(after >= before - 1e-9 for before, after in zip(steps, steps[1:], strict=False))
+        assert all(after >= before - 1e-9 for before, after in pairwise(steps))
         weighed = [n for n in net.shapes if "running" not in n and n not in UNUSED.get(name, ())]
         aligned = net.apply(found.permutations, b)
         true = product(a, aligned, weighed) / (9 if cost == "cosine" else 1)

@@ -46,9 +46,7 @@ def test_weight_matching(name: str, anchored: bool) -> None:
     case = ORACLES[f"weight_matching/{name}"]
     a, b = (tensors(case["inputs"][which]) for which in "ab")
     net = net_of(case, {name: tuple(tensor.shape) for name, tensor in a.items()})
-    found = match(
-        net.spaces, a.__getitem__, b.__getitem__, shapes=net.shapes, kinds=net.kinds, anchored=anchored
-    )
+    found = match(net.spaces, a.__getitem__, b.__getitem__, shapes=net.shapes, kinds=net.kinds, anchored=anchored)
     expected = case["expected"]
     perms = expected["perm"] if "perm" in expected else {"heads": expected["query_perm"]}
     for space, perm in perms.items():

@@ -149,7 +149,6 @@ def test_a_merged_convolutional_network_works_once_its_statistics_are_new() -> N
         after.append(loss(merged, (1, 8, 8)))
         if alpha == 0.5:
             restored = spread(merged, 5, torch.cat(given)) / target
-    print("BN", barrier(before, ALPHAS), barrier(after, ALPHAS), np.median(collapsed), np.median(restored))
     assert np.median(collapsed) < 0.8 and 0.9 < np.median(restored) < 1.1
     assert barrier(after, ALPHAS) < 0.5 * barrier(before, ALPHAS)
 
@@ -192,7 +191,6 @@ def test_repair_gives_every_layer_the_parents_statistics_and_lowers_the_barrier(
                 wanted = (1 - alpha) * figure(ends[0], axis=0) + alpha * figure(ends[1], axis=0)
                 np.testing.assert_allclose(figure(got, axis=0), wanted, rtol=1e-3, atol=1e-4)
     assert after[0] == pytest.approx(before[0], rel=1e-4) and after[-1] == pytest.approx(before[-1], rel=1e-4)
-    print("REPAIR", barrier(before, ALPHAS), barrier(after, ALPHAS))
     assert barrier(after, ALPHAS) < 0.6 * barrier(before, ALPHAS)
 
 

@@ -53,7 +53,7 @@ def test_it_mostly_finds_the_best_of_all_where_weight_matching_never_does() -> N
     """Random networks of three hidden units, and a loss that asks for the mean under an order that is not the
     closest."""
     net, hits = mlp((2, 3, 1)), 0
-    for seed in range(12):
+    for seed in range(9):
         a, b = net.tensors(seed, torch.float64), net.tensors(seed + 50, torch.float64)
         inputs = torch.randn(200, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         first = match(net.spaces, a.__getitem__, b.__getitem__, shapes=net.shapes, kinds=["mlp"]).permutations
@@ -64,13 +64,13 @@ def test_it_mostly_finds_the_best_of_all_where_weight_matching_never_does() -> N
 
         orders = [{"h0": np.array(order)} for order in itertools.permutations(range(3))]
         losses = [float(distance(mean(a, net.apply(order, b)))) for order in orders]
-        found = ste(a, b, net.spaces, distance, steps=40)
+        found = ste(a, b, net.spaces, distance, steps=100)
         assert found.score == pytest.approx(float(distance(mean(a, net.apply(found.permutations, b)))), abs=1e-12)
         assert found.scores[0] == pytest.approx(float(distance(mean(a, net.apply(first, b)))))
-        assert found.score == found.scores[found.step] == min(found.scores) and len(found.scores) == 41
+        assert found.score == found.scores[found.step] == min(found.scores) and len(found.scores) == 101
         assert found.score < 0.5 * found.scores[0] and found.scores[0] > 1e-3
         hits += found.score == pytest.approx(min(losses), abs=1e-9)
-    assert hits >= 7
+    assert hits >= 5
 
 
 def test_a_scrambled_copy_is_found_at_once() -> None:

@@ -139,7 +139,7 @@ def test_permutations_of_every_space_leave_the_outputs_as_they_are(name: str):
         alone = it.permuted([space], permutations)
         assert any(not torch.equal(alone[tensor], it.tensors[tensor]) for tensor in alone), space.name
     before = it.outputs()
-    assert change(before, it.outputs(seed=2)) > 0.1, "a network that does not look at its inputs proves nothing"
+    assert change(before, it.outputs(seed=2)) > 0.01, "a network that does not look at its inputs proves nothing"
     assert change(before, it.outputs(it.permuted(it.spaces, permutations))) < TOLERANCE[it.tiny.decoder]
 
 

@@ -181,13 +181,13 @@ def results() -> alignment_results.Results:
         for n in (2, 3, 5, 8)
         for how in ("naive", "star", "merge_many", "cycle")
     }
-    others = {how: [way(0.05)] * 3 for how in ("naive", "star", "merge_many", "cycle")}
+    others = {how: [way(0.05)] * 3 for how in ("naive", "star", "merge_many", "cycle", "ste")}
     return r.Results((0, 1, 2), lines, many, [r.Many(0.1, 0.98)] * 3, others, [r.Smooth(10.0, 8.0, 1e-6)] * 3)
 
 
 def test_bars_are_held_against_what_was_measured():
     good = results()
-    assert [row[3] for row in alignment_results.bars(good)] == ["met"] * 13
+    assert [row[3] for row in alignment_results.bars(good)] == ["met"] * 14
     assert alignment_text.bars_text(good) == "All bars are reached."
     assert "missed" not in alignment_text.document(good)
     worse = replace(good, smooth=[*good.smooth[:2], alignment_results.Smooth(10.0, 9.0, 1e-6)])
