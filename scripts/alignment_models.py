@@ -59,23 +59,15 @@ class Net:
         # Kept out of the demo and the tests, which need no transformers.
         import transformers
 
-        common = {
+        common: dict[str, Any] = {
             "hidden_size": self.width,
             "num_hidden_layers": self.layers,
             "num_attention_heads": HEADS,
             "attn_implementation": "eager",
         }
         if self.kind == "vit":
-            vit = transformers.ViTConfig(
-                **common,
-                intermediate_size=2 * self.width,
-                image_size=8,
-                patch_size=2,
-                num_channels=1,
-                num_labels=10,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-            )
+            common |= {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
+            vit = transformers.ViTConfig(**common, intermediate_size=2 * self.width)
             return cast(nn.Module, transformers.ViTForImageClassification(vit))
         llama = transformers.LlamaConfig(
             **common,
@@ -247,7 +239,7 @@ def stored_names(module: nn.Module) -> dict[str, str]:
         return {name: name for name in module.state_dict()}
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    cast(Any, transformers.utils.logging).disable_progress_bar()
     marked = copy.deepcopy(module)
     names = list(marked.state_dict())
     for number, tensor in enumerate(marked.state_dict().values()):

@@ -9,7 +9,7 @@ the objective grows. A relaxed permutation is a weighted list of permutations, w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,10 +28,16 @@ GAIN = 1e-4  # the part of the objective that a step must add
 
 @dataclass(frozen=True)
 class _Atom:
-    """Permutations of all spaces, and their weight in the mixture."""
+    """Permutations of all spaces, their weight in the mixture, and what those of each tree do to tensors."""
 
     weight: float
     permutations: dict[str, Order]
+    moves: tuple[dict[str, Move], ...]
+
+    @classmethod
+    def of(cls, part: Part, permutations: dict[str, Order]) -> _Atom:
+        shapes = part.settings.shapes
+        return cls(1.0, permutations, tuple(moves(tree.spaces, permutations, shapes) for tree in part.trees))
 
 
 def cycle(part: Part) -> tuple[list[dict[str, Order]], int, bool]:
@@ -41,10 +47,10 @@ def cycle(part: Part) -> tuple[list[dict[str, Order]], int, bool]:
     begun, _, _ = star(part)
     if len(part.models) == 1:
         return begun, 0, True
-    mixtures = [[_Atom(1.0, p)] for p in begun]
+    mixtures = [[_Atom.of(part, p)] for p in begun]
     for _ in range(STEPS):
         part.settings.check()
-        towards = [_vertex(part, mixtures, model) for model in range(len(part.models))]
+        towards = [_Atom.of(part, _vertex(part, mixtures, model)) for model in range(len(part.models))]
         step, gain, value = _line(part, mixtures, towards)
         if gain <= GAIN * max(1.0, abs(value)):
             break
@@ -54,17 +60,16 @@ def cycle(part: Part) -> tuple[list[dict[str, Order]], int, bool]:
     return max(answers, key=lambda answer: part.agreement(answer[0]))
 
 
-def _stepped(mixture: Sequence[_Atom], towards: dict[str, Order], step: float) -> list[_Atom]:
-    kept = [_Atom((1.0 - step) * atom.weight, atom.permutations) for atom in mixture]
-    return [atom for atom in (*kept, _Atom(step, towards)) if atom.weight > 1e-6]
+def _stepped(mixture: Sequence[_Atom], towards: _Atom, step: float) -> list[_Atom]:
+    kept = [replace(atom, weight=(1.0 - step) * atom.weight) for atom in mixture]
+    return [atom for atom in (*kept, replace(towards, weight=step)) if atom.weight > 1e-6]
 
 
 def _mixed(part: Part, model: int, mixture: Sequence[_Atom], without: Tree | None = None) -> Tensors:
     """A model's tensors under a mixture, every tree but one mixed by itself: along each of its axes a tensor is the
     weighted mean of what the permutations make of it."""
-    chosen = [tree for tree in part.trees if tree is not without]
-    shapes = part.settings.shapes
-    found = [[(atom.weight, moves(tree.spaces, atom.permutations, shapes)) for atom in mixture] for tree in chosen]
+    chosen = [k for k, tree in enumerate(part.trees) if tree is not without]
+    found = [[(atom.weight, atom.moves[k]) for atom in mixture] for k in chosen]
     touching = [set().union(*(each for _, each in atoms)) for atoms in found]
 
     def of(name: str, first: int = 0) -> Tensor:
@@ -107,9 +112,7 @@ def _vertex(part: Part, mixtures: Sequence[Sequence[_Atom]], model: int) -> dict
     return found
 
 
-def _line(
-    part: Part, mixtures: Sequence[Sequence[_Atom]], towards: Sequence[dict[str, Order]]
-) -> tuple[float, float, float]:
+def _line(part: Part, mixtures: Sequence[Sequence[_Atom]], towards: Sequence[_Atom]) -> tuple[float, float, float]:
     """The best step from 0 to 1, what it adds to the objective and the objective before. The objective is a polynomial
     in the step, of twice as many degrees as a tensor has permuted axes, and known from its values at as many points as
     it has coefficients."""

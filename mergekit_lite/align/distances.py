@@ -30,7 +30,7 @@ class UnitDistances:
         products."""
         if units.dtype == torch.float64:
             self._sum = self._sum.double()
-        units = units.to(self._sum.dtype).contiguous()
+        units = units.to(self._sum).contiguous()
         starts = range(0, len(units), ROWS)
         if self._threads is None or len(starts) == 1:
             for start in starts:

@@ -55,8 +55,9 @@ def permute(xs: Sequence[Tensor], **settings: object) -> Tensor:
 
     - `mlp` hidden units of a feed-forward part; `heads` attention heads, under grouped-query attention within their
       group and as whole groups; `experts` with the units inside each; `channels` of convolutions; `pool` a pooler's
-      outputs; `latent` and `embeddings` the inner widths of factored projections. `qk` and `vo` are the coordinates inside a head, where the architecture lets them move. `residual` is
-      the basis of the residual stream: of use only for networks that do not descend from one another.
+      outputs; `latent` and `embeddings` the inner widths of factored projections. `qk` and `vo` are the coordinates
+      inside a head, where the architecture lets them move. `residual` is the basis of the residual stream: of use only
+      for networks that do not descend from one another.
     - `cost`: `dot` as above; `cosine` gives every tensor the same weight; `activation` matches units whose activations
       on the same samples correlate.
     - `from` takes the permutations of another `permute` step, or of a file that a run has left under `permutations/`;

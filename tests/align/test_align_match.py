@@ -38,6 +38,7 @@ def test_planted(name: str, seed: int, noise: float, cost: str) -> None:
     for name, tensor in near.items():
         assert torch.equal(back[name], tensor), name
     assert found.settled
+    assert found.distance_after is not None and found.distance_before is not None
     assert found.distance_after <= found.distance_before
 
 

@@ -17,6 +17,7 @@ import alignment_measure
 import alignment_models
 import alignment_results
 import alignment_text
+import reproduce_permute
 from alignment_merges import Merger
 
 WIDTH = 6
@@ -136,6 +137,20 @@ def test_activations_are_what_the_next_layer_reads(
     found = merger.permuted(models[0], models[1], (seen[0], seen[1]))
     chosen = [next(i for i in range(WIDTH) if np.allclose(units(models[1])[i], row)) for row in units(found)]
     assert (like * of[:, chosen]).sum() == pytest.approx((like * of[:, best]).sum())
+
+
+def test_learnt_orders_are_no_worse_than_matched_ones(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    """On the training images, by the loss of the mean with the first network."""
+    monkeypatch.setattr(reproduce_permute, "CACHE", cache)
+    monkeypatch.setattr(reproduce_permute, "STE_STEPS", 5)
+    first, other = (reproduce_permute.model(MLP, 0, number) for number in (0, 1))
+    found = reproduce_permute.learnt(MLP, 0, 1)
+    np.testing.assert_array_equal(np.sort(units(found), axis=0), np.sort(units(other), axis=0))
+    losses = [
+        reproduce_permute.judge(MLP, 0).measure(alignment_measure.mixed(first, one, 0.5), "train")[0]
+        for one in (found, nearest(first, other))
+    ]
+    assert losses[0] <= losses[1] + 1e-6
 
 
 def test_statistics_of_batchnorm_are_those_of_the_data(cache: Path):
