@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Result:
     """What a run did. `shards` gives the BLAKE3 digest of every shard by output folder and file name; `nonfinite` and
-    `overflow` count numbers by tensor; `changed` names the shards whose bytes differ from the recipe's lock; `alignments` gives
-    figures of the orders of units that were found, by step."""
+    `overflow` count numbers by tensor; `changed` names the shards whose bytes differ from the recipe's lock;
+    `alignments` gives figures of the orders of units that were found, by step."""
 
     outputs: tuple[str, ...]
     shards: Mapping[str, Mapping[str, str]]

@@ -125,8 +125,8 @@ def _make_demo(folder: Path) -> str:
 
 @pytest.fixture
 def place(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with `demo/`, `recipes/` and `scripts/`, on a machine that has two cores."""
-    for name in ("demo", "recipes", "scripts"):
+    """A working directory with `demo/`, `recipes/`, `scripts/` and `.venv/`, on a machine that has two cores."""
+    for name in ("demo", "recipes", "scripts", ".venv"):
         (tmp_path / name).symlink_to(demo.folder / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_COLOR", "1")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mergekit_lite.cli import bar, options, show
 
 if TYPE_CHECKING:
+    from mergekit_lite.checkpoint.meta import Checkpoint
     from mergekit_lite.report.diff import Comparison, Gap, TensorDiff
 
 ROWS = 30  # tensors that are shown where `--limit` does not say
@@ -49,6 +50,10 @@ def diff(
     tolerance: Annotated[
         float, typer.Option("--tolerance", metavar="X", min=0.0, help="The largest |a-b| that counts as equal.")
     ] = 0.0,
+    directions: Annotated[
+        bool,
+        typer.Option("--directions", help="Compare singular directions too, which decomposes every matrix."),
+    ] = False,
     offline: options.Offline = False,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -56,7 +61,9 @@ def diff(
     """Compare two checkpoints, tensor by tensor. Leaves with 0 where they are equal, with 1 where not.
 
     Equal are the same bits, or with --tolerance numbers as near as that, whatever the dtype. Differences of config.json
-    count too, save for what transformers notes about itself. The checkpoints may be sharded differently.
+    count too, save for what transformers notes about itself. The checkpoints may be sharded differently. With
+    --directions `rho` is 1 where all singular directions agree and near 0 where they have nothing in common, `leading`
+    the same of the largest ones: what a matching of units raises (arXiv 2402.04051).
     """
     from mergekit_lite import merge
     from mergekit_lite.report.diff import diff as compare
@@ -66,11 +73,14 @@ def diff(
     with bar.reading("compare", sum(meta.nbytes for meta in left.tensors.values())) as advance:
         found = compare(left, right, tolerance=tolerance, threads=threads or merge.default_threads(), advance=advance)
     ranked = found.ranked(sort.value, everything)
+    turned = _directions(left, right, threads or merge.default_threads()) if directions else {}
     if json:
-        chosen = ranked[: limit or None]
-        show.json({**found.as_json(), "tensors": [tensor.as_json() for tensor in chosen]})
+        entries = [t.as_json() for t in ranked[: limit or None]]
+        if directions:
+            entries = [entry | {"directions": turned.get(str(entry["name"]))} for entry in entries]
+        show.json({**found.as_json(), "tensors": entries})
     else:
-        _show(found, ranked, ROWS if limit is None else limit)
+        _show(found, ranked, ROWS if limit is None else limit, turned)
     show.warnings([*left.notes, *right.notes])
     for side in found.lacks_config:
         show.note(f"`{side}` has no config.json: only the weights are compared")
@@ -78,11 +88,26 @@ def diff(
         raise typer.Exit(1)
 
 
-def _show(found: Comparison, ranked: Sequence[TensorDiff], limit: int) -> None:
+def _directions(a: Checkpoint, b: Checkpoint, threads: int) -> dict[str, dict[str, Any]]:
+    """The figures of the singular directions by tensor, as plain data."""
+    from mergekit_lite.report.directions import directions
+
+    with bar.reading("decompose", sum(meta.nbytes for meta in a.tensors.values())) as advance:
+        return {
+            name: {"rho": found.rho, "leading": found.leading, "k": found.k}
+            for name, found in directions(a, b, threads=threads, advance=advance)
+        }
+
+
+def _show(found: Comparison, ranked: Sequence[TensorDiff], limit: int, turned: Mapping[str, Mapping[str, Any]]) -> None:
     chosen = ranked[: limit or None]
     if chosen:
         columns = ["tensor", "what", "max |a-b|", "relative", "cosine", "differing"]
-        show.table(columns, [_row(tensor) for tensor in chosen], right=columns[2:])
+        rows = [_row(tensor) for tensor in chosen]
+        if turned:
+            columns += ["rho", "leading"]
+            rows = [row + _turned(turned.get(t.name)) for row, t in zip(rows, chosen, strict=True)]
+        show.table(columns, rows, right=columns[2:])
         if len(chosen) < len(ranked):
             show.note(f"{len(ranked) - len(chosen):,} more: `--limit 0` shows all")
         show.line()
@@ -98,6 +123,11 @@ def _show(found: Comparison, ranked: Sequence[TensorDiff], limit: int) -> None:
 def _row(tensor: TensorDiff) -> list[str]:
     numbers = _numbers(tensor.gap, tensor.a.numel if tensor.a is not None else 0)
     return [tensor.name, _what(tensor), *numbers]
+
+
+def _turned(figures: Mapping[str, Any] | None) -> list[str]:
+    shown = [figures[key] if figures else None for key in ("rho", "leading")]
+    return ["-" if value is None else f"{value:.3f}" for value in shown]
 
 
 def _what(tensor: TensorDiff) -> str:

@@ -20,7 +20,8 @@ LAST_LINES = 5  # of what a failed command said
 @dataclass(frozen=True, slots=True)
 class Score:
     """`command` as one would type it, with `{model}` where the folder goes; it is not run by a shell. `metric` is the
-    dotted path of the number in the JSON that it prints, None where it prints a number alone. `timeout` in seconds."""
+    dotted path of the number in the JSON that it prints, `*` standing for the only entry of an object; None where it
+    prints a number alone. `timeout` in seconds."""
 
     command: str
     metric: str | None = None
@@ -63,7 +64,12 @@ class Score:
                 continue
         value = found
         for part in self.metric.split(".") if self.metric else ():
-            value = value.get(part) if isinstance(value, Mapping) else None
+            if not isinstance(value, Mapping):
+                value = None
+            elif part == "*" and len(value) == 1:
+                value = next(iter(value.values()))
+            else:
+                value = value.get(part)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             what = f"no number `{self.metric}`" if self.metric else "no number"
             hint = "let it print JSON and name the number with `--metric a.b`" if isinstance(found, Mapping) else None

@@ -62,7 +62,8 @@ class Reads:
 
 
 def mlp(widths: Sequence[int]) -> Net:
-    spaces, shapes = [], {}
+    spaces: list[Space] = []
+    shapes: dict[str, tuple[int, ...]] = {}
     for i, (rows, columns) in enumerate(zip(widths[1:], widths, strict=False)):
         shapes |= {f"{i}.weight": (rows, columns), f"{i}.bias": (rows,)}
         if i < len(widths) - 2:

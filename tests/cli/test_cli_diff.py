@@ -92,3 +92,18 @@ def test_bad_options(make: Make, arguments: list[str], capsys: pytest.CaptureFix
     a = make("a", x=torch.ones(1))
     assert execute(["diff", a, a, *arguments]) == 2
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_directions_are_those_of_the_singular_vectors(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    """A turned copy has the same singular values and other directions: rho is the cosine, by von Neumann at most 1."""
+    generator = torch.Generator().manual_seed(1)
+    x, v = torch.randn(6, 5, generator=generator), torch.ones(3)
+    order = torch.tensor([2, 0, 1, 5, 3, 4])
+    a, b = make("a", x=x, v=v), make("b", x=x[order].contiguous(), v=2 * v)
+    assert execute(["diff", a, b, "--directions", "--json", "--sort", "name"]) == 1
+    found = {entry["name"]: entry["directions"] for entry in json.loads(capsys.readouterr().out)["tensors"]}
+    singular = torch.linalg.svdvals(x.double())
+    rho = float((x * x[order]).sum() / (singular**2).sum())
+    assert found["x"]["rho"] == pytest.approx(rho, rel=1e-5) and found["v"] is None
+    assert execute(["diff", a, b, "--directions"]) == 1
+    assert "leading" in capsys.readouterr().out.splitlines()[0]

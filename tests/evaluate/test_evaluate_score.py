@@ -21,6 +21,7 @@ def command(body: str) -> str:
         ("print(0.25)", None, 0.25),
         ('print("loading"); print(3)', None, 3.0),
         ('print("{\\"results\\": {\\"task\\": {\\"acc\\": 0.5}}}")', "results.task.acc", 0.5),
+        ('print("{\\"scores\\": {\\"out/a.b\\": {\\"mean\\": 2}}}")', "scores.*.mean", 2.0),
         ('print("done"); print("{\\"loss\\": -1e-3}")', "loss", -1e-3),
     ],
 )

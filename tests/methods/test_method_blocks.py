@@ -15,6 +15,7 @@ from torch import Tensor
 from mergekit_lite.methods import Method, all_methods, get
 from mergekit_lite.methods.spec import Block, keywords
 
+WHOLE_MODELS = ("structure", "alignment")  # carried out by the plan and the run
 # Settings of the parts that reach every branch of their arithmetic; a part that is not here is run with its defaults.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "linear": [{"weight": (0.3, -1.7, 1.0)}, {"weight": (0.3, 0.0, 2.0), "normalize": False}],
@@ -57,7 +58,7 @@ SUMMED = {"slerp", "model_stock", "nuslerp", "multislerp", "karcher", "geometric
 PARTS = [
     m
     for m in all_methods().values()
-    if m.public and not m.composite and m.reach not in ("structure", "alignment") and not any(p.kind == "reference" for p in m.params)
+    if m.public and not m.composite and m.reach not in WHOLE_MODELS and not any(p.kind == "reference" for p in m.params)
 ]
 CASES = [(m, params) for m in PARTS for params in SETTINGS.get(m.name, [{}])]
 IDS = [f"{m.name}-{i}" for i, (m, _) in enumerate(CASES)]
