@@ -80,21 +80,22 @@ def plan(
     output folders are free, for looking at a plan whose result exists. Raises RecipeError and InputError, each with all
     faults that were found.
     """
-    from mergekit_lite.plan.build import build_plan, used_models
+    from mergekit_lite.plan.build import build_plan, no_collection, used_models
     from mergekit_lite.plan.order import BLOCK
 
     if out is not None and len(recipe.saves) > 1:
         hint = "remove `--out`, or change one with `--set save.0.to=DIR`"
         raise RecipeError(Problem(f"`--out` names one folder, the recipe saves {len(recipe.saves)}", None, hint))
-    checkpoints = _open_all(recipe, used_models(recipe), offline)
-    return build_plan(
-        recipe,
-        checkpoints,
-        out=Path(out) if out is not None else None,
-        threads=threads or default_threads(),
-        block=block or BLOCK,
-        check_output=check_output,
-    )
+    with no_collection():
+        checkpoints = _open_all(recipe, used_models(recipe), offline)
+        return build_plan(
+            recipe,
+            checkpoints,
+            out=Path(out) if out is not None else None,
+            threads=threads or default_threads(),
+            block=block or BLOCK,
+            check_output=check_output,
+        )
 
 
 def default_threads() -> int:

@@ -48,10 +48,11 @@ def plan(
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
-    """Show what a run would do: steps, bytes, memory, files.
+    """Show what a run would do: steps, bytes, memory, time, files.
 
     Reads the recipe and the headers of its checkpoints, never a weight, and finds every fault that a run would find
-    before it starts. --dag without a word draws as text.
+    before it starts. The time is what the machine of benchmarks/RESULTS.md would take; --json has it as `seconds`.
+    --dag without a word draws as text.
     """
     from mergekit_lite import merge
     from mergekit_lite.plan import explain

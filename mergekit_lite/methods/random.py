@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from json.encoder import encode_basestring_ascii
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,25 @@ _CANONICAL = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
 def derive_key(*parts: str | int) -> int:
     """64 bits that stand for `parts`: the first 8 bytes, little-endian, of the SHA-256 of their canonical JSON."""
     return int.from_bytes(hashlib.sha256(_CANONICAL.encode(parts).encode()).digest()[:8], "little")
+
+
+class Keys:
+    """`derive_key` for parts that differ in the last alone, a text: `Keys(*parts).of(Keys.ending(last))` is
+    `derive_key(*parts, last)`, several times as fast."""
+
+    def __init__(self, *parts: str | int):
+        self._begun = hashlib.sha256(f"{_CANONICAL.encode(parts)[:-1]},".encode())
+
+    @staticmethod
+    def ending(last: str) -> bytes:
+        """How the canonical JSON ends with the last part."""
+        return f"{encode_basestring_ascii(last)}]".encode()
+
+    def of(self, ending: bytes) -> int:
+        """The key of these parts and the last one."""
+        hashed = self._begun.copy()
+        hashed.update(ending)
+        return int.from_bytes(hashed.digest()[:8], "little")
 
 
 def uniform_words(key: int, start: int, n: int) -> NDArray[np.uint32]:

@@ -55,19 +55,36 @@ class _Target:
     cuts: list[int | None] = field(default_factory=list)
 
 
+class _Sample:
+    """At most `most` keys of a tensor, in memory that is there from the start: a few bytes kept of each block would
+    break up what the allocator has left of the blocks, so that no later block fits in."""
+
+    def __init__(self, most: int):
+        self._room = np.empty(most, dtype=np.int64)
+        self.keys: Keys = self._room[:0]
+
+    def add(self, keys: Keys) -> None:
+        count = len(self.keys)
+        room = self._room.view(keys.dtype)
+        room[count : count + len(keys)] = keys
+        self.keys = room[: count + len(keys)]
+
+
 class _SamplePart:
     """Keys at equal distances in the first grains of a tensor."""
 
     def __init__(self, numel: int, budget: int, grains: int):
         self.numel = numel
-        self.keys: list[Keys] = []
+        self.sample = _Sample(3 * budget + grains)
         self._budget = budget
         self._grains = grains
+        self._seen = 0
 
     def add(self, xs: Sequence[Tensor], start: int) -> bool:
         stride = max(1, min(self.numel, self._grains * len(xs[0])) // self._budget)
-        self.keys.append(keys_of(xs[0][-start % stride :: stride].contiguous()))
-        return len(self.keys) >= self._grains
+        self.sample.add(keys_of(xs[0][-start % stride :: stride].contiguous()))
+        self._seen += 1
+        return self._seen >= self._grains
 
 
 class _WindowPart:
@@ -75,14 +92,14 @@ class _WindowPart:
 
     def __init__(self, numel: int, targets: Sequence[_Target], stride: int | None):
         self.numel = numel
-        self.keys: list[Keys] = []
+        self.sample = _Sample(-(-numel // stride) if stride is not None else 0)
         self.tallies = dict.fromkeys((t.window for t in targets), Tally())
         self._stride = stride
 
     def add(self, xs: Sequence[Tensor], start: int) -> bool:
         keys = keys_of(xs[0])
         if self._stride is not None:
-            self.keys.append(keys[-start % self._stride :: self._stride].copy())
+            self.sample.add(keys[-start % self._stride :: self._stride])
         for window, tally in self.tallies.items():
             self.tallies[window] = tally.plus(window.take(keys))
         return False
@@ -194,7 +211,7 @@ class OrderStatistics:
 
     def _estimate(self, parts: Sequence[AnyPart | None], targets: Sequence[_Target], bias: float) -> None:
         """Give the targets windows by what the parts have sampled."""
-        samples = [(p.numel, np.concatenate(p.keys)) for p in parts if isinstance(p, (_SamplePart, _WindowPart))]
+        samples = [(p.numel, p.sample.keys) for p in parts if isinstance(p, (_SamplePart, _WindowPart))]
         estimate = Estimate(samples)
         for target in targets:
             low, guess, high = estimate.around(target.rank, bias)

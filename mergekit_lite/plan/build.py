@@ -14,7 +14,7 @@ from typing import Any
 
 from mergekit_lite.checkpoint.meta import Checkpoint, TensorMeta
 from mergekit_lite.errors import Problem, RecipeError
-from mergekit_lite.family.family import family_of
+from mergekit_lite.family.family import Family, family_of
 from mergekit_lite.methods.registry import all_methods
 from mergekit_lite.methods.spec import Method
 from mergekit_lite.plan.adapter import adapted
@@ -54,20 +54,24 @@ def build_plan(
     problems = check_steps(recipe, all_methods())
     if problems:
         raise RecipeError(problems)
-    with _no_collection():
+    with no_collection():
         return _build(recipe, checkpoints, out, threads, block, check_output)
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """A plan is millions of small objects that all live on: looking through them for garbage takes a third of the time
-    and finds none."""
+def no_collection() -> Iterator[None]:
+    """Headers and plans are millions of small objects that all live on: looking through them for garbage takes a third
+    of the time and finds none."""
     before = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if before:
+            if not gc.get_freeze_count():
+                # Puts what was made with what is old, unseen: the next look at what is new would take it all in.
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
@@ -84,8 +88,13 @@ def _build(
     builder = Builder(recipe.seed)
     tied: list[tuple[TensorMeta, TensorMeta]] = []
     tables: dict[str, Table] = {}
+    families: list[tuple[Checkpoint, Family]] = []
     for name, checkpoint in checkpoints.items():
-        table, pairs = model_table(builder, name, checkpoint)
+        family = next((known for other, known in families if _alike(other, checkpoint)), None)
+        if family is None:
+            family = family_of(checkpoint.config, checkpoint.tensors)
+            families.append((checkpoint, family))
+        table, pairs = model_table(builder, name, checkpoint, family)
         tied += pairs
         mark = recipe.models[name].mark
         tables[name], found_faults = adapted(builder, name, checkpoint, table, methods["add"], mark)
@@ -120,7 +129,7 @@ def _build(
         bytes_input=input_bytes(units),
         bytes_written=sum(output.nbytes for output in outputs),
         peak_bytes=peak_bytes(units, pools, alignments, threads, block, size),
-        digest=_digest(recipe, outputs, pools, alignments, checkpoints),
+        digest=_digest(recipe, outputs, units, pools, alignments, checkpoints, builder.count),
         tied=tuple(tied),
         warnings=tuple(dict.fromkeys(warnings)),  # steps that one line makes may have the same to say
     )
@@ -138,12 +147,16 @@ def _needed(units: Sequence[Unit], builder: Builder) -> tuple[dict[str, tuple[No
     return pools, {name: found for name, found in builder.alignments.items() if name in needed}
 
 
+def _alike(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether both are of one family, for sure: they have one configuration and the same names."""
+    return one.config == other.config and list(one.tensors) == list(other.tensors)
+
+
 def model_table(
-    builder: Builder, name: str, checkpoint: Checkpoint
+    builder: Builder, name: str, checkpoint: Checkpoint, family: Family
 ) -> tuple[Table, list[tuple[TensorMeta, TensorMeta]]]:
     """A checkpoint as a table, and the tensors (alias, canonical) that it stores both of, while its configuration says
     they are one: of these only the canonical one takes part."""
-    family = family_of(checkpoint.config, checkpoint.tensors)
     tensors = checkpoint.tensors
     tied = [(tensors[alias], tensors[to]) for alias, to in family.tied if alias in tensors and to in tensors]
     aliases = {alias.name for alias, _ in tied}
@@ -296,28 +309,50 @@ def _shown(value: Value) -> str:
 def _digest(
     recipe: Recipe,
     outputs: Sequence[Output],
+    units: Sequence[Unit],
     pools: Mapping[str, Sequence[Node]],
     alignments: Mapping[str, Alignment],
     checkpoints: Mapping[str, Checkpoint],
+    nodes: int,
 ) -> str:
-    """SHA-256 over all that decides the bytes: how each tensor is computed, from what, and where it goes."""
-    inputs = {file.path: (file.nbytes, file.header_sha256) for c in checkpoints.values() for file in c.shards}
+    """SHA-256 over all that decides the bytes: how each tensor is computed, from what, and where it goes. `nodes` is
+    how many there are."""
+    # What is hashed is the `repr` of tuples of names, settings and numbers, made of parts that many nodes share.
+    files = {
+        file.path: f"(({file.nbytes!r}, {file.header_sha256!r}, " for c in checkpoints.values() for file in c.shards
+    }
     digest = hashlib.sha256(json.dumps([ARITHMETIC, GRAIN, recipe.compute]).encode())
-    params: dict[int, str] = {}  # by the id of settings that many nodes share
-    place: dict[int, int] = {}
+    uses: dict[Any, tuple[str, str]] = {}  # by method, pool and the id of settings that many nodes share
+    place = [-1] * nodes  # by id: where a node comes in what is hashed
+    count = 0
+    walks = {unit.targets[0][1].node.id: unit.nodes for unit in units if len(unit.targets) == 1}
     pooled = [node for members in pools.values() for node in members]
     looked_at = [node for alignment in alignments.values() for node in alignment.nodes]
-    for node in walk([*(t.node for o in outputs for t in o.tensors), *pooled, *looked_at]):
-        place[node.id] = len(place)
-        what: tuple[Any, ...]
-        if node.load is not None:
-            what = (*inputs.get(node.load.file, ()), node.load.name, node.load.dtype)
-        else:
-            assert node.method is not None
-            settings = params.get(id(node.params)) or params.setdefault(id(node.params), repr(node.params))
-            below = tuple(place[n.id] for n in node.inputs)
-            what = (node.method.name, settings, below, node.key, node.pool, node.pool_index)
-        digest.update(repr((what, node.shape)).encode())
+    shape: tuple[int, ...] | None = None
+    shown = ""
+    for root in (*(t.node for o in outputs for t in o.tensors), *pooled, *looked_at):
+        if place[root.id] >= 0:
+            continue
+        texts: list[str] = []
+        for node in walks.get(root.id) or walk([root]):
+            if place[node.id] >= 0:
+                continue
+            place[node.id] = count
+            count += 1
+            if node.shape is not shape:
+                shape = node.shape
+                shown = repr(shape)
+            load, method = node.load, node.method
+            if load is not None:
+                texts.append(f"{files.get(load.file, '((')}{load.name!r}, {load.dtype!r}), {shown})")
+            elif method is not None:
+                use = uses.get((method.name, node.pool, id(node.params)))
+                if use is None:
+                    use = f"(({method.name!r}, {repr(node.params)!r}, ", f", {node.pool!r}, "
+                    uses[method.name, node.pool, id(node.params)] = use
+                below = tuple([place[n.id] for n in node.inputs])
+                texts.append(f"{use[0]}{below!r}, {node.key}{use[1]}{node.pool_index}), {shown})")
+        digest.update("".join(texts).encode())
     for output in outputs:
         for shard in output.shards:
             digest.update(repr((shard.file, [(t.start, place[t.node.id]) for t in shard.tensors])).encode())

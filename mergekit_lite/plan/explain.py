@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit_lite.checkpoint.meta import Checkpoint
+from mergekit_lite.plan.estimate import seconds
 from mergekit_lite.plan.model import Node, Output, OutTensor, Plan, StepView
-from mergekit_lite.plan.words import count, shape, size
+from mergekit_lite.plan.words import about, count, shape, size
 from mergekit_lite.recipe.write import located
 
 LONGEST = 400  # characters of an expression
@@ -22,7 +23,7 @@ def summary(plan: Plan, threads: int) -> list[str]:
         f"read {size(plan.bytes_read)}{_passes(plan)}",
         f"write {size(plan.bytes_written)} in {shards}",
         f"peak {size(plan.peak_bytes)}",
-        f"cpu, {count(threads, 'thread')}",
+        f"cpu, {count(threads, 'thread')}, {about(seconds(plan, threads))}",
     ]
     lines.append("  " + " · ".join(costs))
     for output in plan.outputs:
@@ -139,7 +140,7 @@ def mermaid(plan: Plan) -> str:
 
 
 def as_json(plan: Plan, threads: int) -> dict[str, Any]:
-    """Everything about the plan as plain data. Sizes and offsets are bytes."""
+    """Everything about the plan as plain data. Sizes and offsets are bytes; `seconds` is an estimate."""
     models = _models(plan)
     return {
         "digest": plan.digest,
@@ -172,6 +173,7 @@ def as_json(plan: Plan, threads: int) -> dict[str, Any]:
         "bytes_written": plan.bytes_written,
         "peak_bytes": plan.peak_bytes,
         "threads": threads,
+        "seconds": round(seconds(plan, threads), 1),
         "units": len(plan.units),
         "outputs": [_output(output, models) for output in plan.outputs],
         "warnings": [problem.as_json() for problem in plan.warnings],

@@ -9,8 +9,8 @@ from typing import Any
 from mergekit_lite.checkpoint.meta import TensorMeta
 from mergekit_lite.family.family import Family
 from mergekit_lite.methods.permute import permuted
-from mergekit_lite.methods.random import derive_key
-from mergekit_lite.methods.spec import Call, Reach, Slot
+from mergekit_lite.methods.random import Keys
+from mergekit_lite.methods.spec import Call, Method, Reach, Slot
 from mergekit_lite.plan.model import Alignment, Node
 
 
@@ -37,13 +37,27 @@ class PoolConflict(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
-    """What is the same for every tensor that a call is used on. `call` is kept so that its id stays its own."""
+class _Operation:
+    """One method of a tree of calls. Its inputs stand at `places` among the tree's inputs and the results before it."""
+
+    kind: int  # the same for operations that are the same computation
+    method: Method
+    params: tuple[tuple[str, Any], ...]
+    places: tuple[int, ...]
+    reach: Reach
+    keys: Keys | None
+    pool: str | None
+    members: list[Node]
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """A tree of calls worked out once for all tensors that it is used on: its operations, inputs before users, and the
+    place of its result. `call` is kept so that its id stays its own."""
 
     call: Call
-    picked: int | None
-    reach: Reach
-    below: tuple[int, ...]  # the slots that it reads, each once
+    operations: tuple[_Operation, ...]
+    result: int
 
 
 @dataclass
@@ -54,82 +68,101 @@ class Builder:
     pools: dict[str, list[Node]] = field(default_factory=dict)
     alignments: dict[str, Alignment] = field(default_factory=dict)
     _known: dict[Any, Node] = field(default_factory=dict)
-    _shapes: dict[int, _Shape] = field(default_factory=dict)
+    _kinds: dict[Any, int] = field(default_factory=dict)
+    _programs: dict[tuple[int, str, tuple[str, ...]], _Program] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """How many nodes there are; their ids go from 0 to below it."""
+        return len(self._known)
 
     def load(self, meta: TensorMeta) -> Node:
         """The node that reads a tensor of a checkpoint."""
-        return self._node(("load", meta.file, meta.name), shape=meta.shape, step="", load=meta)
+        identity = (meta.file, meta.name)
+        known = self._known.get(identity)
+        if known is None:
+            known = self._known[identity] = Node(len(self._known), meta.shape, "", meta)
+        return known
 
     def gather(self, inputs: Sequence[Node], step: str, alignment: str, place: tuple[tuple[str, Any], ...]) -> Node:
         """The node that takes one of `inputs` in the order that `alignment` will give; `place` tells which part of it
         is meant."""
-        return self._node(
-            ("gather", alignment, place, tuple(node.id for node in inputs)),
-            shape=inputs[0].shape,
-            step=step,
-            method=permuted,
-            inputs=tuple(inputs),
-            params=place,
-            pool=alignment,
-            reach="row",
-        )
+        identity = ("gather", alignment, place, tuple(node.id for node in inputs))
+        known = self._known.get(identity)
+        if known is None:
+            known = self._known[identity] = Node(
+                id=len(self._known),
+                shape=inputs[0].shape,
+                step=step,
+                method=permuted,
+                inputs=tuple(inputs),
+                params=place,
+                pool=alignment,
+                reach="row",
+            )
+        return known
 
-    def call(
-        self, call: Call | Slot, inputs: Sequence[Node], names: Sequence[str], step: str, tensor: str, path: str = ""
-    ) -> Node:
-        """The node of a tree of calls over `inputs`, whose entries are called `names` (they key the randomness).
-
-        `path` is the place in the tree: it tells the shared statistics of one step apart.
-        """
+    def call(self, call: Call | Slot, inputs: Sequence[Node], names: Sequence[str], step: str, tensor: str) -> Node:
+        """The node of a tree of calls over `inputs`, whose entries are called `names` (they key the randomness). Raises
+        PoolConflict."""
         if isinstance(call, Slot):
             return inputs[call.index]
-        shape = self._shapes.get(id(call)) or self._shape(call)
-        method = call.method
-        if shape.picked is not None:
-            return self.call(call.inputs[shape.picked], inputs, names, step, tensor, f"{path}.{shape.picked}")
-        below = tuple(
-            inputs[c.index] if isinstance(c, Slot) else self.call(c, inputs, names, step, tensor, f"{path}.{i}")
-            for i, c in enumerate(call.inputs)
+        identity = (id(call), step, tuple(names))
+        program = self._programs.get(identity)
+        if program is None:
+            operations: list[_Operation] = []
+            result = self._add(call, names, step, "", operations)
+            program = self._programs[identity] = _Program(call, tuple(operations), result)
+        values = list(inputs)
+        ending = Keys.ending(tensor)
+        for operation in program.operations:
+            values.append(self._apply(operation, values, step, ending))
+        return values[program.result]
+
+    def _add(self, call: Call | Slot, names: Sequence[str], step: str, path: str, operations: list[_Operation]) -> int:
+        """Append what computes `call` to `operations`, and give the place of its result. `path` is the place in the
+        tree: it tells the shared statistics of one step apart."""
+        if isinstance(call, Slot):
+            return call.index
+        method, params = call.method, dict(call.params)
+        picked = method.pick(params, len(call.inputs)) if method.pick else None
+        if picked is not None:
+            return self._add(call.inputs[picked], names, step, f"{path}.{picked}", operations)
+        below = [self._add(c, names, step, f"{path}.{i}", operations) for i, c in enumerate(call.inputs)]
+        reach = method.reach_of(params)
+        pool = f"{step}:{method.name}{path}" if reach == "pooled" else None
+        labels = "+".join(names[i] for i in slots(call))
+        operations.append(
+            _Operation(
+                kind=self._kinds.setdefault((method.name, call.params, pool), len(self._kinds)),
+                method=method,
+                params=call.params,
+                places=tuple(below),
+                reach=reach,
+                keys=Keys(self.seed, step, method.name, labels) if method.positioned else None,
+                pool=pool,
+                members=self.pools.setdefault(pool, []) if pool else [],
+            )
         )
-        pool = f"{step}:{method.name}{path}" if shape.reach == "pooled" else None
-        key = 0
-        if method.positioned:
-            key = derive_key(self.seed, step, method.name, "+".join(names[i] for i in shape.below), tensor)
-        identity = (method.name, call.params, tuple(n.id for n in below), key, pool)
+        return len(names) + len(operations) - 1
+
+    def _apply(self, operation: _Operation, values: Sequence[Node], step: str, ending: bytes) -> Node:
+        below = tuple([values[i] for i in operation.places])
+        key = operation.keys.of(ending) if operation.keys is not None else 0
+        identity = (operation.kind, below, key)
         known = self._known.get(identity)
         if known is not None:
             return known
-        members = self.pools.setdefault(pool, []) if pool else []
-        if members and members[0].params != call.params:
+        pool, members, params, method = operation.pool, operation.members, operation.params, operation.method
+        if members and members[0].params is not params and members[0].params != params:
             raise PoolConflict(f"`{method.name}`")
-        node = self._node(
-            identity,
-            shape=method.shape([n.shape for n in below]) if method.shape else below[0].shape,
-            step=step,
-            method=method,
-            inputs=below,
-            params=call.params,
-            key=key,
-            pool=pool,
-            pool_index=len(members),
-            reach=shape.reach,
-        )
-        if pool:
+        shape = method.shape([n.shape for n in below]) if method.shape is not None else below[0].shape
+        number, index = len(self._known), len(members)
+        node = Node(number, shape, step, None, method, below, params, key, pool, index, operation.reach)
+        self._known[identity] = node
+        if pool is not None:
             members.append(node)
         return node
-
-    def _shape(self, call: Call) -> _Shape:
-        params = dict(call.params)
-        picked = call.method.pick(params, len(call.inputs)) if call.method.pick else None
-        found = _Shape(call, picked, call.method.reach_of(params), tuple(slots(call)))
-        self._shapes[id(call)] = found
-        return found
-
-    def _node(self, identity: Any, **fields: Any) -> Node:
-        known = self._known.get(identity)
-        if known is None:
-            known = self._known[identity] = Node(id=len(self._known), **fields)
-        return known
 
 
 def slots(call: Call | Slot) -> list[int]:

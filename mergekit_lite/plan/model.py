@@ -14,13 +14,14 @@ from mergekit_lite.methods.spec import Method, Reach
 from mergekit_lite.recipe.model import Recipe
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+# Not frozen: a plan makes hundreds of thousands, and one that is frozen takes five times as long to make.
+@dataclass(slots=True, eq=False)
 class Node:
     """One tensor of the computation: a tensor read from a checkpoint (`load`) or a method's result (`method`).
 
     Nodes are compared by identity; equal computations are one node, so that a result used twice is computed once per
     block. `key` seeds the randomness of the node; `pool` names the statistic that all tensors of a step share. `reach`
-    says how the node may be computed; a load is element-wise.
+    says how the node may be computed; a load is element-wise. Nobody changes a node.
     """
 
     id: int

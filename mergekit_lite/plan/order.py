@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from mergekit_lite.checkpoint.meta import DTYPE_BITS
 from mergekit_lite.family.spaces import Space
@@ -19,20 +20,34 @@ SWEEPS = 6  # passes over models whose spaces depend on one another, as weight m
 STATISTIC = 3 << 21  # bytes that a statistic gathers at most: keys near a threshold and their places
 
 
-def walk(roots: Iterable[Node], through: bool = True) -> Iterator[Node]:
+def walk(roots: Iterable[Node], through: bool = True) -> list[Node]:
     """Every node below `roots`, inputs before users, each once. With `through` False not what lies below a node that
     gathers rows, which reads its inputs in an order of its own."""
+    found: list[Node] = []
     seen: set[int] = set()
-    stack = [(node, False) for node in reversed(list(roots))]
+    stack = list(roots)
+    stack.reverse()
     while stack:
-        node, ready = stack.pop()
-        if ready:
-            yield node
-        elif node.id not in seen:
+        node = stack[-1]
+        waiting: list[Node] = []
+        if node.id not in seen and (through or node.method is None or not node.method.gathers):
+            for below in node.inputs:
+                if below.id in seen:
+                    continue
+                if waiting or below.inputs:
+                    waiting.append(below)
+                else:
+                    seen.add(below.id)
+                    found.append(below)
+        if waiting:
+            waiting.reverse()
+            stack += waiting
+            continue
+        stack.pop()
+        if node.id not in seen:
             seen.add(node.id)
-            stack.append((node, True))
-            if through or node.method is None or not node.method.gathers:
-                stack += [(below, False) for below in reversed(node.inputs)]
+            found.append(node)
+    return found
 
 
 def grain_of(nodes: Iterable[Node]) -> int:
@@ -40,10 +55,9 @@ def grain_of(nodes: Iterable[Node]) -> int:
     one needs that, a fixed number otherwise. The same in every run, since sums are formed grain by grain."""
     grain, whole = 1, 0
     for node in nodes:
-        reach = node.reach
-        if reach == "matrix":
+        if node.reach == "matrix":
             whole = max(1, whole, node.numel)
-        elif reach == "row" and node.method is not None:
+        elif node.reach == "row" and node.method is not None:
             grain = math.lcm(grain, row_length(node))
     return whole or grain * max(1, GRAIN // grain)
 
@@ -60,8 +74,8 @@ def row_length(node: Node) -> int:
 def beside(nodes: Iterable[Node]) -> dict[int, tuple[str, Node]]:
     """The nodes that are read beside the rows of another, by id: how (`rows`, `columns`, `whole`), and beside which."""
     found: dict[int, tuple[str, Node]] = {}
-    for node in nodes:
-        if node.method is not None and node.method.beside is not None and node.reach == "row":
+    for node in [n for n in nodes if n.reach == "row"]:
+        if node.method is not None and node.method.beside is not None:
             ways = node.method.beside(dict(node.params))
             found.update({n.id: (way, node) for n, way in zip(node.inputs[1:], ways, strict=True)})
     return found
@@ -72,13 +86,14 @@ def make_units(outputs: Sequence[Output]) -> tuple[Unit, ...]:
     compute them once; large tensors are cut where no statistic ties them together."""
     together: dict[tuple[str, tuple[int, ...], bool], list[tuple[int, OutTensor]]] = {}
     for number, output in enumerate(outputs):
-        for tensor in output.tensors:
-            together.setdefault((tensor.name, tensor.shape, tensor.copied), []).append((number, tensor))
+        for shard in output.shards:
+            for tensor in shard.tensors:
+                together.setdefault((tensor.name, tensor.shape, tensor.copied), []).append((number, tensor))
     units: list[Unit] = []
     for (name, shape, copied), targets in together.items():
         numel = math.prod(shape)
         nodes = tuple(walk(t.node for _, t in targets))
-        whole = not copied and any(n.reach in ("measured", "matrix") for n in nodes)
+        whole = not copied and not {n.reach for n in nodes}.isdisjoint(("measured", "matrix"))
         grain = grain_of(nodes)
         step = numel if whole else max(grain, SEGMENT // grain * grain)
         cuts = [*range(0, numel, step), numel] if numel and step else [0, numel]
@@ -90,7 +105,7 @@ def make_units(outputs: Sequence[Output]) -> tuple[Unit, ...]:
 def among(nodes: Iterable[Node]) -> dict[int, int]:
     """The nodes of which a gathering node reads one, by id: how many there are to choose from."""
     found: dict[int, int] = {}
-    for node in nodes:
+    for node in [n for n in nodes if n.reach == "row"]:
         if node.method is not None and node.method.gathers and len(node.inputs) > 1:
             found.update((below.id, len(node.inputs)) for below in walk(node.inputs))
     return found
@@ -103,13 +118,31 @@ def bytes_read(units: Sequence[Unit], pools: Mapping[str, Sequence[Node]], align
         total += _pass_bytes(unit.nodes, unit.stop - unit.start)
         measured = [n for n in unit.nodes if n.reach == "measured"]
         if measured:
-            total += _rounds(measured) * _pass_bytes(list(walk(measured)), unit.stop - unit.start)
+            total += rounds_of(measured) * _pass_bytes(walk(measured), unit.stop - unit.start)
     # Pools that look at the same inputs are fed together.
     pooled = [node for members in pools.values() for node in members]
-    total += _rounds(pooled) * sum(load_bytes(n, n.numel) for n in walk(pooled))
+    total += rounds_of(pooled) * _stored_bytes(pooled)
     for alignment in alignments.values():
-        total += passes(alignment) * sum(load_bytes(n, n.numel) for n in walk(alignment.nodes))
+        total += passes(alignment) * _stored_bytes(alignment.nodes)
     return total
+
+
+def _stored_bytes(roots: Iterable[Node]) -> int:
+    """Bytes of all stored tensors below `roots`, each once."""
+    seen: set[int] = set()
+    loads: dict[int, int] = {}
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node.load is not None:
+            loads[node.id] = node.load.nbytes
+        for below in node.inputs:
+            if below.load is not None:
+                loads[below.id] = below.load.nbytes
+            elif below.id not in seen:
+                seen.add(below.id)
+                stack.append(below)
+    return sum(loads.values())
 
 
 def passes(alignment: Alignment) -> int:
@@ -125,22 +158,27 @@ def passes(alignment: Alignment) -> int:
     return 1 if all(len(names) == 1 for names in axes.values()) and alignment.use == "permute" else SWEEPS
 
 
-def _rounds(nodes: Iterable[Node]) -> int:
+def rounds_of(nodes: Iterable[Node]) -> int:
     """Passes that the statistics of these nodes usually take together."""
     return max((node.method.rounds for node in nodes if node.method is not None), default=0)
 
 
 def input_bytes(units: Sequence[Unit]) -> int:
     """Bytes of all stored tensors that the units read, each once."""
-    return sum(load_bytes(n, n.numel) for n in {n.id: n for unit in units for n in unit.nodes}.values())
+    loads = {n.id: n.load for unit in units for n in unit.nodes if n.load is not None}
+    return sum(meta.nbytes for meta in loads.values())
 
 
 def _pass_bytes(nodes: Sequence[Node], numel: int) -> int:
     """Stored bytes that one pass over `numel` elements of a tensor reads."""
-    aside = beside(nodes)
-    choice = among(nodes)
+    loads = [node for node in nodes if node.load is not None]
+    rows = [node for node in nodes if node.reach == "row"]
+    if not rows:
+        return sum([load_bytes(node, numel) for node in loads])
+    aside = beside(rows)
+    choice = among(rows)
     total = 0
-    for node in nodes:
+    for node in loads:
         way, owner = aside.get(node.id, ("", node))
         share = numel if not way else node.numel * numel // max(1, owner.numel) if way == "rows" else node.numel
         total += load_bytes(node, share) // choice.get(node.id, 1)
@@ -163,12 +201,18 @@ def peak_bytes(
     """Anonymous memory of the blocks at work: the costliest unit, once per thread, or the costliest space of an
     alignment. `block` is in elements, `size` the bytes of one element in the compute dtype."""
     worst = COPY_BLOCK
+    kinds: dict[Any, Sequence[Node]] = {}
     for unit in units:
-        worst = max(worst, _block_bytes(unit.nodes, block, size))
+        reaches = [node.reach for node in unit.nodes]
+        # Where nothing works on rows or matrices, all nodes have one shape: such units are alike but for a few things.
+        alike = "row" not in reaches and "matrix" not in reaches
+        kinds[(unit.nodes[-1].shape, *reaches) if alike else id(unit.nodes)] = unit.nodes
+    for nodes in kinds.values():
+        worst = max(worst, _block_bytes(nodes, block, size))
     for members in pools.values():
         # The members of a pool have one structure.
         for node in {node.shape: node for node in members}.values():
-            worst = max(worst, _block_bytes(list(walk([node])), block, size))
+            worst = max(worst, _block_bytes(walk([node]), block, size))
     for alignment in alignments.values():
         worst = max(worst, _alignment_bytes(alignment, size))
     return (worst + THREAD) * threads
@@ -193,7 +237,7 @@ def _block_bytes(nodes: Sequence[Node], block: int, size: int) -> int:
     grain = grain_of(nodes)
     aside = beside(nodes)
     choice = among(nodes)
-    numel = max(n.numel for n in nodes if n.id not in aside)
+    numel = max(map(math.prod, {n.shape for n in nodes if n.id not in aside}))
     elements = min(numel, max(grain, block // grain * grain))
     # Every node's block lives until the block is done; a stored block, and room for the temporaries of one kernel.
     there = sum(1 / choice.get(n.id, 1) for n in nodes)

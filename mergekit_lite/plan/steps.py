@@ -70,24 +70,28 @@ def build_step(
 
     faults = Faults()
     labels = _labels([*sources, *([base] if base else []), *further])
+    unfit = _Unfit(sources, base, faults)
     nodes: dict[str, Node] = {}
     dtypes: dict[str, str] = {}
     same = constant(step, method)
     calls: dict[Any, Call | Slot] = {}
     for name, given in _aligned(step, sources, base, faults):
-        owner = next(s.table for s in (lead, *sources) if name in s.table.nodes)
-        dtypes[name] = owner.dtypes[name]
-        if given is None or dtypes[name] not in MERGEABLE:
-            nodes[name] = owner.nodes[name]
+        table = lead.table
+        if name not in table.nodes:
+            table = next(s.table for s in sources if name in s.table.nodes)
+        dtype = dtypes[name] = table.dtypes[name]
+        if given is None or dtype not in MERGEABLE:
+            nodes[name] = table.nodes[name]
             continue
-        if _unfit(name, given, sources, base, faults):
+        if unfit(name, given):
             continue
         try:
-            params = same or resolve(step, method, name, lead.table.family.depth(name))
+            params = same if same is not None else resolve(step, method, name, lead.table.family.depth(name))
         except Unset as gap:
             faults.add(f"no rule of `{gap.param}` applies to", gap.mark, "add an `else` to it", name)
             continue
-        fault = method.check(params, len(sources)) if method.check else None
+        # Settings that are the same for all tensors have been checked.
+        fault = method.check(params, len(sources)) if method.check and same is None else None
         if fault:
             faults.add(f"{fault} In", step.use_mark, f"`merge methods {method.name}` explains it", name)
             continue
@@ -97,20 +101,21 @@ def build_step(
             hint = "statistics cover a tensor for every input, or for none"
             faults.add(f"`{lacking.name}` lacks tensors that other statistics have", lacking.mark, hint, name)
             continue
-        unfit = method.fits([n.shape for n in (*given, *statistics)]) if method.fits and statistics else None
-        if unfit:
+        misfit = method.fits([n.shape for n in (*given, *statistics)]) if method.fits and statistics else None
+        if misfit:
             hint = "were the statistics made with this model?"
-            faults.add(f"{unfit} In", further[0].mark, hint, name)
+            faults.add(f"{misfit} In", further[0].mark, hint, name)
             continue
-        use = (bool(statistics), tuple(params.items()))
-        if use not in calls:
-            calls[use] = _call(method, params, sources, base, statistics, delta, add)
+        use = (bool(statistics), None if same is not None else tuple(params.items()))
+        call = calls.get(use)
+        if call is None:
+            call = _call(method, params, sources, base, statistics, delta, add)
             if not statistics and method.without is not None:
-                calls[use] = method.without(*(Slot(i) for i in range(len(sources))), **keywords(_plain(method, params)))
-        call = calls[use]
+                call = method.without(*(Slot(i) for i in range(len(sources))), **keywords(_plain(method, params)))
+            calls[use] = call
         given = [*given, *statistics]
         try:
-            nodes[name] = builder.call(call, given, labels, step.name, name)
+            nodes[name] = builder.call(call, given, labels[: len(given)], step.name, name)
         except PoolConflict as conflict:
             message = f"{conflict} measures all tensors at once, so its settings cannot differ between tensors"
             faults.add(message, step.use_mark, "use `scope: tensor`, or one value without globs and curves", name)
@@ -179,13 +184,14 @@ def _aligned(
     step: Step, sources: Sequence[Source], base: Source | None, faults: Faults
 ) -> Iterator[tuple[str, list[Node] | None]]:
     """Every tensor name of the result with its inputs in order (the base last), None where it is kept as it is."""
-    everyone = [*([base] if base else []), *sources]
-    names = dict.fromkeys(name for source in everyone for name in source.table.nodes)
+    everyone = [*sources, *([base] if base else [])]
+    tables = [source.table.nodes for source in everyone]
+    lead = [*([base] if base else []), *sources]
+    names = dict.fromkeys(name for source in lead for name in source.table.nodes)
     for name in names:
-        lacking = [source for source in everyone if name not in source.table.nodes]
+        lacking = [source for source in lead if name not in source.table.nodes]
         if not lacking:
-            nodes = [source.table.nodes[name] for source in sources]
-            yield name, [*nodes, *([base.table.nodes[name]] if base else [])]
+            yield name, [nodes[name] for nodes in tables]
         elif step.missing == "skip":
             continue
         elif step.missing == "base" and base is not None and name in base.table.nodes:
@@ -208,26 +214,36 @@ def _missing_hint(step: Step, base: Source | None, lacking: Source) -> str:
     )
 
 
-def _unfit(name: str, given: Sequence[Node], sources: Sequence[Source], base: Source | None, faults: Faults) -> bool:
-    """Whether the inputs of one tensor do not go together; says why to `faults`."""
-    everyone = [*sources, *([base] if base else [])]
-    lead = everyone[-1] if base else everyone[0]
-    shape = lead.table.nodes[name].shape if name in lead.table.nodes else given[-1].shape
-    unfit = False
-    for source, node in zip(everyone, given, strict=True):
-        stored = source.table.dtypes.get(name)
-        if node.shape != shape:
-            message = (
-                f"`{source.name}` and `{lead.name}` have different shapes ({_shape(node.shape)} and {_shape(shape)})"
-            )
-            hint = "only checkpoints of one architecture and one vocabulary can be merged"
-            faults.add(message, source.mark, hint, name)
-            unfit = True
-        elif stored is not None and stored not in MERGEABLE:
-            message = f"`{source.name}` stores as {stored} what `{lead.name}` stores as numbers to merge"
-            faults.add(message, source.mark, "are these checkpoints of one architecture?", name)
-            unfit = True
-    return unfit
+class _Unfit:
+    """Whether the inputs of a tensor, the base last, do not go together; says why to `faults`."""
+
+    def __init__(self, sources: Sequence[Source], base: Source | None, faults: Faults):
+        self._everyone = [*sources, *([base] if base else [])]
+        self._lead = base or sources[0]
+        self._place = -1 if base else 0
+        self._dtypes = [source.table.dtypes for source in self._everyone]
+        self._faults = faults
+
+    def __call__(self, name: str, given: Sequence[Node]) -> bool:
+        shape = given[self._place].shape
+        for node, dtypes in zip(given, self._dtypes, strict=True):
+            if node.shape != shape or dtypes.get(name, "F32") not in MERGEABLE:
+                self._explain(name, given, shape)
+                return True
+        return False
+
+    def _explain(self, name: str, given: Sequence[Node], shape: tuple[int, ...]) -> None:
+        lead = self._lead.name
+        for source, node in zip(self._everyone, given, strict=True):
+            stored = source.table.dtypes.get(name)
+            if node.shape != shape:
+                shapes = f"{_shape(node.shape)} and {_shape(shape)}"
+                message = f"`{source.name}` and `{lead}` have different shapes ({shapes})"
+                hint = "only checkpoints of one architecture and one vocabulary can be merged"
+                self._faults.add(message, source.mark, hint, name)
+            elif stored is not None and stored not in MERGEABLE:
+                message = f"`{source.name}` stores as {stored} what `{lead}` stores as numbers to merge"
+                self._faults.add(message, source.mark, "are these checkpoints of one architecture?", name)
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -27,6 +27,14 @@ def seconds(duration: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
+def about(duration: float) -> str:
+    """A duration that is known roughly: `about 5 s`, `about 4 min`, `about 1 h 20 min`."""
+    if duration < 59.5:
+        return f"about {max(1, round(duration))} s"
+    hours, minutes = divmod(round(duration / 60), 60)
+    return f"about {hours} h {minutes} min" if hours else f"about {minutes} min"
+
+
 def shape(sizes: Sequence[int]) -> str:
     """The shape of a tensor: `4096×128`, `scalar`."""
     return "×".join(map(str, sizes)) or "scalar"

@@ -61,7 +61,7 @@ class Computer:
 
         roots = [tensor.node for _, tensor in unit.targets]
         blocks = replace(self.blocks, watch=watch, report=report)
-        stats = subset(self.stats, roots)
+        stats = subset(self.stats, unit.nodes)
         with blocks.lane():
             blocks.measure(roots, stats)
             for start, values in blocks.last(roots, unit.start, unit.stop, stats):

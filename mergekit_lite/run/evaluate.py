@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,6 +123,6 @@ def freeze(stat: Any) -> Any:
     return tuple(freeze(part) for part in stat) if isinstance(stat, (list, tuple)) else stat
 
 
-def subset(stats: Mapping[int, Any], roots: Sequence[Node]) -> Stats:
-    """The statistics that the nodes below `roots` use."""
-    return {n.id: stats[n.id] for n in walk(roots) if n.id in stats}
+def subset(stats: Mapping[int, Any], nodes: Iterable[Node]) -> Stats:
+    """The statistics that `nodes` use."""
+    return {n.id: stats[n.id] for n in nodes if n.id in stats}

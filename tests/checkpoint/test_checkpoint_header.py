@@ -239,6 +239,14 @@ SEEDS = [
     raw({"__metadata__": {"k": "v"}, "a": entry("U8", [0], [0, 0]), "b": entry("F4", [2], [0, 1])}, b"1"),
     raw({"x": entry("I8", [], [0, 1]), "y": entry("BOOL", [1, 1, 1], [1, 2])}, b"12"),
 ]
+# As the library writes them: without white space, which is read by a shorter way.
+SEEDS += [
+    raw(json.dumps(header, separators=(",", ":")), data)
+    for header, data in (
+        ({"a": entry(), "b": entry("BF16", [2, 1], [4, 8])}, bytes(8)),
+        ({"__metadata__": {"k": "v"}, "a": entry("U8", [0], [0, 0]), "é": entry("I8", [2], [0, 2])}, b"12"),
+    )
+]
 pieces = st.sampled_from(
     [b"{", b"}", b"[", b"]", b",", b":", b'"', b"0", b"1", b"9", b"-", b".", b"e", b" ", b"\n", b"\\", b"\\ud800",
      b"\xc3", b"true", b"null", b'"a":', b'"__metadata__":', b"{}", b"18446744073709551616", b"F32", b"\0"]
@@ -270,3 +278,17 @@ def test_same_verdict_as_the_library_on_mutated_files(
         assert_same(tmp_path, blob)
     else:
         assert stricter_reason(blob), reason
+
+
+def test_files_with_one_header_are_told_apart(tmp_path: Path) -> None:
+    blob = raw({"a": entry(), "b": entry("BF16", [2, 1], [4, 8])}, bytes(8))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    for folder in ("one", "other"):
+        (tmp_path / folder / "x.safetensors").write_bytes(blob)
+    one, other = (read_header(tmp_path / folder / "x.safetensors", folder) for folder in ("one", "other"))
+    assert {meta.file for meta in other.tensors} == {str(tmp_path / "other" / "x.safetensors")}
+    assert [(t.name, t.start, t.nbytes) for t in other.tensors] == [(t.name, t.start, t.nbytes) for t in one.tensors]
+    assert (other.shard.path, other.shard.header_sha256) == (other.tensors[0].file, one.shard.header_sha256)
+    assert "truncated: 3 of" in str(verdict(tmp_path, blob[:-3]))
+    assert "2 bytes after" in str(verdict(tmp_path, blob + b"12"))

@@ -18,7 +18,7 @@ def test_plan_for_a_person(merge: Merge, folder: Path):
     lines = ran.out.splitlines()
     assert lines[0] == "merged  ties(math, code) - base  weight  7 tensors"
     read = r"  read [\d.]+ kB \(3\.0×\) · "
-    assert re.fullmatch(read + r"write [\d.]+ kB in 1 shard · peak [\d.]+ MB · cpu, 2 threads", lines[1])
+    assert re.fullmatch(read + r"write [\d.]+ kB in 1 shard · peak [\d.]+ MB · cpu, 2 threads, about \d+ s", lines[1])
     assert lines[2] == "out/ties  from merged"
     assert re.fullmatch(r"  model.safetensors  [\d.]+ kB  7 tensors", lines[3])
     assert len(lines) == 4
@@ -67,6 +67,7 @@ def test_json_is_everything(merge: Merge, folder: Path):
     ran = merge("plan", "ties.yaml", "--json", "--threads", "3")
     data = ran.json
     assert (ran.code, ran.err, data["threads"]) == (0, "", 3)
+    assert 0 < data["seconds"] < 60
     assert data["steps"] == [
         {
             "name": "merged",

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_lite.methods.random import derive_key, keep_mask, uniform_words
+from mergekit_lite.methods.random import Keys, derive_key, keep_mask, uniform_words
 
 WORD = (1 << 64) - 1
 
@@ -66,3 +66,10 @@ def test_keys_tell_their_parts_apart() -> None:
     # sha256 of the text ["ties",7,"a.b"], its first eight bytes in reverse
     assert derive_key("ties", 7, "a.b") == int.from_bytes(bytes.fromhex("af247f688f64da0c"), "little")
     assert len({derive_key("a", "bc"), derive_key("ab", "c"), derive_key("abc"), derive_key(1), derive_key("1")}) == 5
+
+
+@given(parts=st.lists(st.integers(0, 2**63) | st.text(), min_size=1), last=st.text())
+def test_keys_of_a_common_beginning_are_those_of_all_parts(parts: list[str | int], last: str) -> None:
+    keys = Keys(*parts)
+    for text in (last, "model.layers.0.mlp.weight", last):
+        assert keys.of(Keys.ending(text)) == derive_key(*parts, text)

@@ -49,7 +49,7 @@ def staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Cal
 def test_summary(staged: Plan):
     lines = explain.summary(staged, 1)
     read = rf"  read \S+ kB \({staged.bytes_read / staged.bytes_input:.1f}×\) · "
-    cost = re.fullmatch(read + r"write (\S+ kB) in 3 shards · peak \S+ MB · cpu, 1 thread", lines.pop(6))
+    cost = re.fullmatch(read + r"write (\S+ kB) in 3 shards · peak \S+ MB · cpu, 1 thread, about \d+ s", lines.pop(6))
     assert cost is not None
     assert cost[1] == size(staged.bytes_written)
     first, second, third = (size(shard.nbytes) for output in staged.outputs for shard in output.shards)

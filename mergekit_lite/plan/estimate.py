@@ -1,0 +1,84 @@
+"""How long a run takes: bytes, elements by method and decompositions by shape, each at its rate. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from mergekit_lite.plan import rates
+from mergekit_lite.plan.model import Node, Plan
+from mergekit_lite.plan.order import rounds_of, walk
+
+
+def seconds(plan: Plan, threads: int) -> float:
+    """Seconds that a run of `plan` takes with `threads` threads on the machine of the benchmarks, within a factor of
+    two or three. A tensor that cannot be cut keeps one thread busy, however many there are. The search for an order of
+    units (`permute`) counts with what it reads alone."""
+    costs = _Costs()
+    units = [costs.work(unit.nodes, unit.stop - unit.start) for unit in plan.units]
+    pooled = [node for members in plan.pools.values() for node in members if node.reach == "pooled"]
+    moved = plan.bytes_read * rates.READ + plan.bytes_written * rates.WRITE
+    shared = (sum(units) + costs.measuring(pooled, None) + moved) / threads
+    limit = plan.bytes_read / rates.READ_LIMIT + plan.bytes_written / rates.WRITE_LIMIT
+    copying = all(unit.targets[0][1].copied for unit in plan.units)
+    start = rates.START_COPYING if copying else rates.START
+    return start + max(1e-9 * max(shared, max(units, default=0.0)), limit)
+
+
+class _Costs:
+    """Nanoseconds of one core for the nodes of a plan, without reading and writing."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int, int], float] = {}  # an element of a method, by the id of its settings
+
+    def work(self, nodes: Sequence[Node], numel: int) -> float:
+        """Every pass over `numel` elements of an output tensor."""
+        measured = [node for node in nodes if node.reach == "measured"]
+        return sum([self.kernel(node, numel) for node in nodes if node.method]) + self.measuring(measured, numel)
+
+    def measuring(self, measured: Sequence[Node], numel: int | None) -> float:
+        """The passes that statistics take together, over `numel` elements or all of each node."""
+        own = {node.id for node in measured}
+        once = 0.0
+        for node in walk(measured):
+            count = node.numel if numel is None else numel
+            if node.id in own:
+                once += rates.STATISTIC * len(node.inputs) * count
+            elif node.method is not None:
+                once += self.kernel(node, count)
+        return rounds_of(measured) * once
+
+    def kernel(self, node: Node, numel: int) -> float:
+        """One use of a method on `numel` elements of its result; a matrix method takes all of them."""
+        if node.reach == "matrix":
+            return _matrix(node)
+        assert node.method is not None
+        identity = (node.method.name, id(node.params), len(node.inputs))
+        found = self._known.get(identity)
+        if found is None:
+            found = self._known[identity] = _element(node)
+        return found * numel
+
+
+def _element(node: Node) -> float:
+    """An element of a method that works element by element or row by row."""
+    method = node.method
+    assert method is not None
+    own = rates.ELEMENT.get(method.name)
+    if own is not None:
+        return own
+    if method.beside is not None:
+        # A low-rank product is a sum over the first axis of its first factor.
+        return rates.KERNEL * math.prod(node.inputs[1].shape[:1])
+    per_input = rates.ROWS if node.reach == "row" and not method.gathers else rates.KERNEL
+    drawn = rates.RANDOM if method.positioned and node.reach == "element" else 0.0
+    return per_input * len(node.inputs) + drawn
+
+
+def _matrix(node: Node) -> float:
+    """The decompositions of one tensor, by its shape as a matrix."""
+    assert node.method is not None
+    rows, columns = max(1, math.prod(node.shape[:1])), max(1, math.prod(node.shape[1:]))
+    once, each = rates.MATRIX.get(node.method.name, rates.MATRIX_OTHER)
+    steps: int = dict(node.params).get("steps", 1)
+    return (once + each * len(node.inputs) * steps) * min(rows, columns) * rows * columns
