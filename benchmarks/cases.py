@@ -130,7 +130,10 @@ def case(label: str, layers: int, tunes: int = 3) -> Case:
     if method.base == "required" or (method.base == "optional" and method.takes == "delta"):
         step["base"] = "base"
         inputs = ["base", *names]
-    references = [p.name for p in method.params if p.kind == "reference"]
+    if method.param("like") is not None:
+        step["like"] = "base"
+        inputs = ["base", *names]
+    references = [p.name for p in method.params if p.kind == "reference" and p.per_input]
     step["of"] = {n: {r: r + n[4:] for r in references} for n in names} if references else names
     inputs += [r + n[4:] for r in references for n in names]
     if settings:
