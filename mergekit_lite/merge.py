@@ -152,6 +152,7 @@ def run(
     from mergekit_lite.run.finish import collect, complete, input_files, shard_digests, wanted_parts
     from mergekit_lite.run.peers import LAST, Peers
     from mergekit_lite.run.ranks import ALONE, divide
+    from mergekit_lite.run.remembered import Remembered
     from mergekit_lite.run.start import check_tied, interruptible, open_together
 
     began = time.perf_counter()
@@ -161,7 +162,9 @@ def run(
     shares = divide(plan, files, ranks.count)
     share = shares[ranks.number]
     mine = [str(files[number]) for number in share.inputs]
-    known: dict[str, str] = {}  # digests of inputs that a lock was held against
+    remembered = Remembered(mine)
+    # Digests that need not be formed beside the merge. What a lock says is held against the bytes themselves.
+    known = dict(remembered.known) if plan.recipe.lock is None else {}
 
     def check() -> None:
         if device != "cpu":
@@ -199,6 +202,7 @@ def run(
         written = shard_digests(plan, share.shards, count)
         read = {**known, **digests.result(count)}
         reader.check()  # so that the lock speaks of the files that were merged
+        remembered.keep(read)
         digested = [[read[path] for path in mine], written]
         if ranks.number:
             peers.leave(digested)

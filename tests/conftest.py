@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ CONFIG: Mapping[str, Any] = {
     "num_hidden_layers": 2,
     "tie_word_embeddings": False,
 }
+
+# No test writes into the user's cache, its processes included.
+os.environ["MERGEKIT_LITE_CACHE"] = "0"
 
 
 @pytest.fixture

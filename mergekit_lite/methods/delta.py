@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mergekit_lite.lazy import Tensor, torch
+from mergekit_lite.lazy import Tensor
 from mergekit_lite.methods.linear import weighted_sum
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.spec import Param, Params
@@ -16,6 +16,7 @@ from mergekit_lite.methods.spec import Param, Params
     gives="delta",
     base="required",
     paper="Task arithmetic, ICLR 2023, arXiv 2212.04089",
+    plain=True,
 )
 def delta(xs: Sequence[Tensor]) -> Tensor:
     """What fine-tuning has changed: the model minus its base, a task vector.
@@ -41,6 +42,7 @@ def _pick(params: Params, inputs: int) -> int | None:
     base="required",
     paper="Task arithmetic, ICLR 2023, arXiv 2212.04089",
     pick=_pick,
+    plain=True,
 )
 def add(xs: Sequence[Tensor], weight: Sequence[float]) -> Tensor:
     """Deltas added to a base: a whole model again.
@@ -52,6 +54,5 @@ def add(xs: Sequence[Tensor], weight: Sequence[float]) -> Tensor:
 
     Source: Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 2212.04089.
     """
-    # base - (-sum): unlike an addition, subtracting +0.0 changes no number, and `hardshrink` turns -0.0 into +0.0.
-    less = weighted_sum(xs[:-1], [-w for w in weight])
-    return xs[-1] - torch.nn.functional.hardshrink(less, 0.0)
+    # base - (-sum): unlike an addition, subtracting +0.0 changes no number, and adding 0.0 turns -0.0 into +0.0.
+    return xs[-1] - weighted_sum(xs[:-1], [-w for w in weight]).add_(0.0)

@@ -28,6 +28,7 @@ def remark_outside(params: Params, inputs: int) -> str | None:
     paper="WiSE-FT, CVPR 2022, arXiv 2109.01903",
     pick=pick_end,
     remark=remark_outside,
+    plain=True,
 )
 def interpolate(xs: Sequence[Tensor], t: float) -> Tensor:
     """Linear interpolation between two inputs: WiSE-FT.

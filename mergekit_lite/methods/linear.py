@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from mergekit_lite.errors import RecipeError
-from mergekit_lite.lazy import Tensor, torch
+from mergekit_lite.lazy import Tensor
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.spec import Param, Params
 
@@ -26,7 +26,7 @@ def weighted_sum(xs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
             total = term.clone() if term is x else term
         else:
             total.add_(term)
-    return torch.zeros_like(xs[0]) if total is None else total
+    return xs[0].new_zeros(xs[0].shape) if total is None else total
 
 
 def sole(weights: Sequence[float]) -> int | None:
@@ -52,6 +52,7 @@ def _check(params: Params, inputs: int) -> str | None:
     paper="Model soups, ICML 2022, arXiv 2203.05482",
     pick=_pick,
     check=_check,
+    plain=True,
 )
 def linear(xs: Sequence[Tensor], weight: Sequence[float], normalize: bool) -> Tensor:
     """Weighted mean, or with `normalize: false` the weighted sum: a model soup.

@@ -168,6 +168,8 @@ class Method:
     them in that order and `fn` is only the plain form.
     `beside(params)` is for a method with row reach whose inputs after the first have shapes of their own: how each of
     them is read for a block of rows. They come to `fn` as matrices, in the compute dtype.
+    `plain` says of an element method that `fn` uses nothing of the blocks but `x * number`, `x - y`, `add_`, `clone`,
+    `shape` and `new_zeros`: where no other kind takes part in a merge, NumPy may do these and torch is not imported.
     `check(params, inputs)` gives what is wrong with a combination of settings, `remark` what deserves a warning; both
     give None where all is well, and `inputs` counts what stands in `of`.
     """
@@ -190,6 +192,7 @@ class Method:
     remark: Callable[[Params, int], str | None] | None = None
     positioned: bool = False
     reports: bool = False
+    plain: bool = False
     shape: Callable[[Sequence[tuple[int, ...]]], tuple[int, ...]] | None = None
     row_axis: Literal["first", "last"] = "last"
     gathers: bool = False

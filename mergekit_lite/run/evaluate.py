@@ -7,9 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from mergekit_lite.checkpoint.meta import TensorMeta
+from mergekit_lite.lazy import Tensor
 from mergekit_lite.methods.measure import Measure, Part
 from mergekit_lite.plan.model import Node
 from mergekit_lite.plan.order import grain_of, walk

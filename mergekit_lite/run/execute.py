@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from mergekit_lite.run.sink import Sink
 if TYPE_CHECKING:
     from mergekit_lite.run.alignment import Solved
     from mergekit_lite.run.compute import Computer
+    from mergekit_lite.run.plain import PlainSums
 
 WITHIN_SECONDS = 0.2  # how often a tensor in a long iteration tells how far it is, at most
 JOURNAL_SECONDS = 3.0  # how much finished work a crash may cost, at most
@@ -133,10 +135,29 @@ def execute(
     run = _Run(plan, _Counted(source), sink, journal, done, options)
     if not plan.alignments and all(unit.targets[0][1].copied for unit in run.todo):
         return run.go()  # without torch, whose import takes longer than many a copy
-    from mergekit_lite.run.compute import computing
+    from mergekit_lite.run.plain import plain_sums, without_torch
 
-    with computing(plan, run.source, options.block, options.strict, run.check, options.device) as run.computer:
+    if options.device == "cpu" and without_torch(plan, run.todo):
+        with plain_sums(plan, run.source, options.block, options.strict, run.check) as run.computer:
+            return run.go()
+    with _without_collector():
+        from mergekit_lite.run.compute import computing
+
+    with computing(plan, run.source, options.block, options.strict, run.check, options.device) as computer:
+        run.computer = run.measures = computer
         return run.go()
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Python looks for garbage again and again while torch is imported, and finds none."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 class _Run:
@@ -151,7 +172,8 @@ class _Run:
         )
         self.stop = threading.Event()
         self.todo = [unit for unit in plan.units if unit.id not in done.units]
-        self.computer: Computer | None = None
+        self.computer: Computer | PlainSums | None = None
+        self.measures: Computer | None = None
         self.findings = Findings(resumed=len(done.units))
         self.finished: queue.SimpleQueue[tuple[Unit, dict[str, Any]] | _Within | BaseException | None] = (
             queue.SimpleQueue()
@@ -170,8 +192,8 @@ class _Run:
         try:
             with ThreadPoolExecutor(self.options.threads, "merge") as threads:
                 try:
-                    if self.computer is not None and (self.plan.pools or self.plan.alignments):
-                        self._pools(threads, self.computer)
+                    if self.measures is not None and (self.plan.pools or self.plan.alignments):
+                        self._pools(threads, self.measures)
                     self._units(threads)
                 except BaseException:
                     self.stop.set()

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mergekit_lite.align.apply import Order
+from mergekit_lite.lazy import Tensor, torch
 
 SMALL = 1 << 18  # elements of a tensor that is rather read whole and kept than row by row
 

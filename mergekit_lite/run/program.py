@@ -7,12 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
-from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
-from mergekit_lite.checkpoint.meta import TensorMeta
+from mergekit_lite.checkpoint.meta import DTYPE_NAMES, TensorMeta
 from mergekit_lite.errors import MergeError
+from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.spec import Block, Method, keywords
 from mergekit_lite.plan.model import Node
 from mergekit_lite.plan.order import beside, row_length, walk
@@ -52,7 +49,7 @@ class Loader:
 
     def load(self, meta: TensorMeta, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a tensor, flat, in memory of their own."""
-        dtype = TORCH_DTYPES[meta.dtype]
+        dtype: torch.dtype = getattr(torch, DTYPE_NAMES[meta.dtype])
         size = dtype.itemsize
         if dtype == self.compute:
             own = torch.empty(stop - start, dtype=dtype)
@@ -227,11 +224,13 @@ def apply(method: Method, xs: Sequence[Tensor], arguments: dict[str, Any], numel
         if isinstance(fault, MergeError) or method.module.startswith("mergekit_lite."):
             raise
         raise MergeError(f"method `{method.name}` failed: {fault!r}", hint=_blame(method)) from fault
-    if not isinstance(result, Tensor) or result.numel() != numel:
-        given = count(result.numel(), "number") if isinstance(result, Tensor) else f"a {type(result).__name__}"
+    found = getattr(result, "numel", None)  # of a tensor or of a block that is summed without torch
+    if found is None or found() != numel:
+        given = count(found(), "number") if found is not None else f"a {type(result).__name__}"
         message = f"method `{method.name}` gave {given} for a block of {count(numel, 'number')}"
         raise MergeError(message, hint=_blame(method))
-    return result.reshape(-1)
+    flat: Tensor = result.reshape(-1)
+    return flat
 
 
 def _blame(method: Method) -> str:

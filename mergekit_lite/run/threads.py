@@ -7,7 +7,7 @@ import ctypes
 import sys
 from collections.abc import Iterator
 
-import torch
+from mergekit_lite.lazy import torch
 
 # glibc's names for its settings.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
