@@ -150,6 +150,7 @@ def run(
     from mergekit_lite.run.digest import Digests, file_digests
     from mergekit_lite.run.execute import Findings, Options, execute
     from mergekit_lite.run.finish import collect, complete, input_files, shard_digests, wanted_parts
+    from mergekit_lite.run.found import recall, remember
     from mergekit_lite.run.peers import LAST, Peers
     from mergekit_lite.run.ranks import ALONE, divide
     from mergekit_lite.run.remembered import Remembered
@@ -166,6 +167,8 @@ def run(
     # Digests that need not be formed beside the merge. What a lock says is held against the bytes themselves.
     known = dict(remembered.known) if plan.recipe.lock is None else {}
 
+    orders: dict[str, Any] = {}  # of units, as earlier runs have found them
+
     def check() -> None:
         if device != "cpu":
             from mergekit_lite.run.device import find_device
@@ -180,6 +183,8 @@ def run(
             if problems:
                 raise RecipeError(problems)
         check_tied(plan, reader)
+        if ranks.count == 1 and plan.alignments:
+            orders.update(recall(plan, known, lambda paths: file_digests(map(Path, paths), count)))
 
     with (
         interruptible(plan),
@@ -194,6 +199,7 @@ def run(
             progress(peers.widen(now))
 
         ours = done.among(unit.id for unit in share.units)
+        ours = replace(ours, pools={**orders, **ours.pools})
         options = Options(count, block or BLOCK, strict, device, tell, peers.check)
         findings = execute(replace(plan, units=share.units), reader, sink, journal, ours, options)
         sink.sync()
@@ -203,6 +209,8 @@ def run(
         read = {**known, **digests.result(count)}
         reader.check()  # so that the lock speaks of the files that were merged
         remembered.keep(read)
+        if ranks.count == 1:
+            remember(plan, solved, read)
         digested = [[read[path] for path in mine], written]
         if ranks.number:
             peers.leave(digested)

@@ -49,8 +49,8 @@ def permute(xs: Sequence[Tensor], **settings: object) -> Tensor:
 
     Hidden units, attention heads and experts may change places without changing what a network computes. Of two
     networks that were trained apart, unit 7 of one has nothing to do with unit 7 of the other. Weight matching finds
-    the permutations pi of the spaces named by `spaces` that maximise sum_l <A_l, pi(B)_l> over the tensors l of the
-    model A named by `like` and the input B: exact assignments space by space, in sweeps until nothing changes. Spaces
+    out = pi(B), with the permutations pi of the spaces named by `spaces` that maximise sum_l <A_l, pi(B)_l> over the
+    tensors l of the model A named by `like` and the input B: exact assignments space by space, in sweeps until nothing changes. Spaces
     that share no tensor are solved at the same time; without `residual` that is all of them, in one pass.
 
     - `mlp` hidden units of a feed-forward part; `heads` attention heads, under grouped-query attention within their
@@ -85,8 +85,8 @@ def permute(xs: Sequence[Tensor], **settings: object) -> Tensor:
 def reorder(xs: Sequence[Tensor], **settings: object) -> Tensor:
     """Put units in an order in which neighbours are alike. The network's function stays the same.
 
-    In each space the units x_i, all their weights taken together, are put on a short path: the order p that makes
-    sum_i ||x_p(i) - x_p(i+1)|| small, with the norm of `order`. Exact for up to nine units; beyond, nearest neighbours
+    out = p(x): in each space the units x_i, all their weights taken together, are put on a short path, in the order p
+    that makes sum_i ||x_p(i) - x_p(i+1)|| small, with the norm of `order`. Exact for up to nine units; beyond, nearest neighbours
     from several starts, improved until no exchange helps. Weights become a smoother signal along their axes.
 
     Takes one model of a known family and gives the same shapes; the permutations are saved beside the output.
@@ -110,6 +110,8 @@ def reorder(xs: Sequence[Tensor], **settings: object) -> Tensor:
 )
 def merge_many(xs: Sequence[Tensor], **settings: object) -> Tensor:
     """Match the units of several networks with each other, then take their mean.
+
+    out = sum_i w_i pi_i(x_i), with the permutations pi_i found in one of three ways:
 
     - `way: merge_many`: each model in turn is matched with the mean of all others, until none moves.
     - `star`: every model is matched with the first.

@@ -11,76 +11,90 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.plan.build import ARITHMETIC
 from mergekit_lite.plan.model import Alignment, Plan
 from mergekit_lite.plan.order import walk
 from mergekit_lite.run.remembered import cache_folder
 
+if TYPE_CHECKING:
+    from mergekit_lite.run.alignment import Solved
+
 FOLDER = "permutations"
 MOST = 64  # entries kept, those used last
 MAX_BYTES = 1 << 28
 
 
-def searched(alignment: Alignment) -> bool:
+def recall(plan: Plan, known: dict[str, str], form: Callable[[list[str]], Mapping[str, str]]) -> dict[str, list[Any]]:
+    """What earlier runs have found for the alignments of `plan`, by name, as a journal holds it.
+
+    `known` are digests of files by path; those that are missing are formed by `form` and added, but only where such a
+    search was made before.
+    """
+    folder = _folder()
+    recalled: dict[str, list[Any]] = {}
+    for name, alignment in plan.alignments.items():
+        if folder is None or not _searched(alignment) or not _any(folder, _search(alignment)):
+            continue
+        missing = [path for path in _files(alignment) if path not in known]
+        if missing:
+            known.update(form(missing))
+        data = _load(folder / _entry(alignment, known))
+        if data is not None and _sound(alignment, data):
+            recalled[name] = [data]
+    return recalled
+
+
+def remember(plan: Plan, solved: Mapping[str, Solved], digests: Mapping[str, str]) -> None:
+    """Keep what was found, for later runs. `digests` are those of all inputs, by path. Never raises: where nothing can
+    be kept, nothing is."""
+    folder = _folder()
+    for name, found in solved.items():
+        alignment = plan.alignments[name]
+        if folder is not None and _searched(alignment):
+            with contextlib.suppress(OSError):
+                _store(folder / _entry(alignment, digests), found.as_json())
+
+
+def _searched(alignment: Alignment) -> bool:
     """Whether an order is searched for in stored tensors or what is computed from them alone: one that a file tells is
     read from it, and one that depends on another is searched for anew."""
     return alignment.use != "known" and not any(node.pool for node in walk(alignment.nodes))
 
 
-def files_of(alignment: Alignment) -> list[str]:
-    """The files that are looked at, each once."""
-    return sorted({node.load.file for node in walk(alignment.nodes) if node.load is not None})
+def _any(folder: Path, search: str) -> bool:
+    return folder.is_dir() and any(path.name.startswith(search) for path in folder.iterdir())
 
 
-def look(plan: Plan, name: str, digests: Mapping[str, str]) -> list[Any] | None:
-    """What an earlier run has found for this alignment, as a journal holds it; None where there is nothing. `digests`
-    are those of `files_of`, by path."""
-    folder = _folder()
-    if folder is None:
-        return None
-    path = folder / _entry(plan.alignments[name], digests)
+def _load(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_BYTES:
             return None
         data = json.loads(path.read_bytes())
         os.utime(path)
+        return data
     except (OSError, ValueError, RecursionError):
         return None
-    return [data] if _sound(plan.alignments[name], data) else None
 
 
-def may_hold(plan: Plan, name: str) -> bool:
-    """Whether a look is worth the digests of the files: something was found for such a search before."""
-    folder = _folder()
-    prefix = _search(plan.alignments[name])
-    return folder is not None and folder.is_dir() and any(p.name.startswith(prefix) for p in folder.iterdir())
-
-
-def keep(plan: Plan, name: str, found: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Keep what was found, for later runs. Never raises: where nothing can be kept, nothing is."""
-    folder = _folder()
-    if folder is None:
+def _store(path: Path, found: Mapping[str, Any]) -> None:
+    if path.exists():
         return
-    path = folder / _entry(plan.alignments[name], digests)
-    with contextlib.suppress(OSError):
-        if path.exists():
-            return
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix="new.", dir=folder)
-        try:
-            with open(handle, "w", encoding="ascii") as file:
-                json.dump(found, file, separators=(",", ":"))
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        entries = sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime)
-        for old in entries[:-MOST]:
-            old.unlink(missing_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix="new.", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="ascii") as file:
+            json.dump(found, file, separators=(",", ":"))
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    entries = sorted(path.parent.iterdir(), key=lambda entry: entry.stat().st_mtime)
+    for old in entries[:-MOST]:
+        old.unlink(missing_ok=True)
 
 
 def _folder() -> Path | None:
@@ -103,12 +117,13 @@ def _search(alignment: Alignment) -> str:
     return digest.hexdigest()[:32]
 
 
+def _files(alignment: Alignment) -> list[str]:
+    """The files that are looked at, in the order in which tensors name them, which tells whose is which."""
+    return list(dict.fromkeys(node.load.file for node in walk(alignment.nodes) if node.load is not None))
+
+
 def _entry(alignment: Alignment, digests: Mapping[str, str]) -> str:
-    # Which file is whose is told by the order in which the tensors name them.
-    order: Sequence[str] = list(
-        dict.fromkeys(node.load.file for node in walk(alignment.nodes) if node.load is not None)
-    )
-    content = hashlib.sha256(repr([digests[path] for path in order]).encode()).hexdigest()[:32]
+    content = hashlib.sha256(repr([digests[path] for path in _files(alignment)]).encode()).hexdigest()[:32]
     return f"{_search(alignment)}-{content}.json"
 
 

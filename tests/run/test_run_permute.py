@@ -257,3 +257,34 @@ def test_nan_in_a_model_to_be_matched_is_named(planted: Path, tmp_path: Path) ->
     with pytest.raises(InputError, match=name):
         run(plan(load_recipe(recipe)))
     assert not (tmp_path / "r").exists()
+
+
+def test_what_one_run_has_found_the_next_one_takes_over(
+    planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGEKIT_LITE_CACHE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def aligned(name: str, of: str, kinds: str = ALL) -> bool:
+        """Whether the run had to search."""
+        step = f"m: {{use: permute, of: {of}, like: a, with: {{spaces: {kinds}}}}}"
+        phases = []
+        recipe = write_recipe(tmp_path / f"{name}.yaml", planted, step)
+        run(plan(load_recipe(recipe)), progress=lambda progress: phases.append(progress.phase))
+        assert (tmp_path / name / "permutations" / "m.safetensors").is_file()
+        return "align" in phases
+
+    assert aligned("first", "b")
+    assert not aligned("again", "b")
+    saved = [tmp_path / name / "permutations" / "m.safetensors" for name in ("first", "again")]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
+    assert same(load_file(tmp_path / "again" / "model.safetensors"), load_file(planted / "a" / "model.safetensors"))
+    assert aligned("other_model", "c") and aligned("other_spaces", "b", "[mlp]")
+    entries = sorted((tmp_path / "cache" / "mergekit_lite" / "permutations").iterdir())
+    assert len(entries) == 3
+    twice = json.loads(entries[2].read_text())
+    for order in twice["permutations"][0].values():
+        order[0] = order[1]
+    for entry, damage in zip(entries, ("", "{}", json.dumps(twice)), strict=True):
+        entry.write_text(damage)
+    assert aligned("damaged", "b") and aligned("damaged_too", "c") and aligned("damaged_as_well", "b", "[mlp]")
