@@ -48,10 +48,12 @@ def permute(xs: Sequence[Tensor], **settings: object) -> Tensor:
     """Put a network's units in the order of another's, so that the two can be merged. Its function stays the same.
 
     Hidden units, attention heads and experts may change places without changing what a network computes. Of two
-    networks that were trained apart, unit 7 of one has nothing to do with unit 7 of the other. Weight matching finds
+    networks that were trained apart, unit 7 of one has nothing to do with unit 7 of the other.
+
     out = pi(B), with the permutations pi of the spaces named by `spaces` that maximise sum_l <A_l, pi(B)_l> over the
-    tensors l of the model A named by `like` and the input B: exact assignments space by space, in sweeps until nothing changes. Spaces
-    that share no tensor are solved at the same time; without `residual` that is all of them, in one pass.
+    tensors l of the model A named by `like` and the input B: exact assignments space by space, in sweeps until nothing
+    changes. Spaces that share no tensor are solved at the same time; without `residual` that is all of them, in one
+    pass.
 
     - `mlp` hidden units of a feed-forward part; `heads` attention heads, under grouped-query attention within their
       group and as whole groups; `experts` with the units inside each; `channels` of convolutions; `pool` a pooler's
@@ -86,8 +88,8 @@ def reorder(xs: Sequence[Tensor], **settings: object) -> Tensor:
     """Put units in an order in which neighbours are alike. The network's function stays the same.
 
     out = p(x): in each space the units x_i, all their weights taken together, are put on a short path, in the order p
-    that makes sum_i ||x_p(i) - x_p(i+1)|| small, with the norm of `order`. Exact for up to nine units; beyond, nearest neighbours
-    from several starts, improved until no exchange helps. Weights become a smoother signal along their axes.
+    that makes sum_i ||x_p(i) - x_p(i+1)|| small, with the norm of `order`. Exact for up to nine units; beyond, nearest
+    neighbours from several starts, improved until no exchange helps. Weights become a smoother signal along their axes.
 
     Takes one model of a known family and gives the same shapes; the permutations are saved beside the output.
 

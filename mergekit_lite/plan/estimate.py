@@ -6,23 +6,34 @@ import math
 from collections.abc import Sequence
 
 from mergekit_lite.plan import rates
-from mergekit_lite.plan.model import Node, Plan
-from mergekit_lite.plan.order import rounds_of, walk
+from mergekit_lite.plan.model import Alignment, Node, Plan
+from mergekit_lite.plan.order import passes, rounds_of, walk
 
 
 def seconds(plan: Plan, threads: int) -> float:
     """Seconds that a run of `plan` takes with `threads` threads on the machine of the benchmarks, within a factor of
     two or three. A tensor that cannot be cut keeps one thread busy, however many there are. The search for an order of
-    units (`permute`) counts with what it reads alone."""
+    units (`permute`) counts with the products of all units, which take most of it."""
     costs = _Costs()
     units = [costs.work(unit.nodes, unit.stop - unit.start) for unit in plan.units]
     pooled = [node for members in plan.pools.values() for node in members if node.reach == "pooled"]
     moved = plan.bytes_read * rates.READ + plan.bytes_written * rates.WRITE
-    shared = (sum(units) + costs.measuring(pooled, None) + moved) / threads
+    searched = sum(_search(alignment) for alignment in plan.alignments.values())
+    shared = (sum(units) + costs.measuring(pooled, None) + moved + searched) / threads
     limit = plan.bytes_read / rates.READ_LIMIT + plan.bytes_written / rates.WRITE_LIMIT
     copying = all(unit.targets[0][1].copied for unit in plan.units)
     start = rates.START_COPYING if copying else rates.START
     return start + max(1e-9 * max(shared, max(units, default=0.0)), limit)
+
+
+def _search(alignment: Alignment) -> float:
+    """Nanoseconds of one core for an order of units: in every pass each unit is multiplied with every other one."""
+    if not alignment.models or alignment.use == "known":
+        return 0.0
+    sizes = {name: node.numel for name, node in alignment.models[0].items()}
+    chosen = [space for space in alignment.spaces if space.kind in alignment.kinds]
+    products = sum(space.size * sizes[use.tensor] for space in chosen for use in space.uses)
+    return passes(alignment) * products * rates.PRODUCT * max(1, len(alignment.models) - 1)
 
 
 class _Costs:

@@ -13,6 +13,7 @@ START_COPYING = 0.6  # seconds where tensors are only copied, without torch
 READ = 0.45  # a byte read, digested and converted
 WRITE = 0.65  # a byte converted, written and digested
 KERNEL = 0.5  # an element and input of a method that works element by element
+PRODUCT = 0.025  # a number of one unit times one of another
 STATISTIC = 1.5  # an element and input in one pass of a statistic
 RANDOM = 3.5  # an element of a random mask
 ROWS = 5.0  # an element and input of a method that works on whole rows
