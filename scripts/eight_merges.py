@@ -31,6 +31,7 @@ EXAMPLES = 256  # training images behind the statistics of `fisher` and `regmean
 MAGNITUDE = "magnitude_masks"  # the multi-task vector where the task's own changes are largest, of all tensors together
 PER_TASK = ("tall_masks", MAGNITUDE, "emr")  # they give a model for each task
 PARTS = ("add", "elect", "keep_shared", "stack")  # they take any number of models, but are no merge of their own
+ALONE = ("merge_many",)  # for networks that were trained apart: docs/alignment.md
 STATISTICS = {"fisher": "fisher", "regmean": "gram"}  # the setting that names a model's statistics
 IN_TURN = "regmean++"  # `regmean` whose statistics are gathered layer by layer behind the layers merged already
 
@@ -110,7 +111,7 @@ def all_rows() -> tuple[Row, ...]:
     others = [
         Row(method.name, choices=FACTOR if any(p.name == "lambda" for p in method.params) else {})
         for method in all_methods().values()
-        if method.public and method.inputs[1] is None and method.name not in (*listed, *PARTS)
+        if method.public and method.inputs[1] is None and method.name not in (*listed, *PARTS, *ALONE)
     ]
     return *ROWS, *sorted(others, key=lambda row: row.method), *MODELS_PER_TASK
 

@@ -27,6 +27,15 @@ FIRST, HEAD = "encoder.layers.0", "head"
 ORDERS = [list(order) for order in itertools.permutations(range(WIDTH))]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the script trains: with other numbers of threads, sums are others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     before = torch.get_rng_state()
