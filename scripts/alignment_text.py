@@ -45,8 +45,8 @@ one point are noise.
 Fully connected networks 64-w-w-w-10 with ReLU, as `permute` with its default settings matches them. *Half way* is the
 accuracy of the mean of the two. The distance is ||A - B|| over all weights.
 
-It shows that the two networks are one but for the order of their units, and the more so the wider they are. It does not
-show that they come close: the distance falls little while the barrier nearly vanishes.
+It shows that a large part of the barrier comes from the order of units, and the larger a part the wider the networks
+are. It does not show that the networks come close: their distance falls little.
 
 ## More than two networks
 
@@ -80,13 +80,13 @@ Vision Transformers of {vit_layers} blocks, width {vit_width}, {heads} heads, on
 {llama}
 
 Llamas of {llama_layers} blocks, width {llama_width}, {heads} query heads and {kv} key and value heads; one pair. *Half
-way* and *ends* are the share of bytes predicted right. These are networks that have been trained apart from their first
-step. Nothing is known from them about fine-tunes of one base, whose units are in one order already.
+way* and *ends* are the share of bytes predicted right. These networks have been trained apart from the first step.
+They say nothing about fine-tunes of one base, whose units are in one order already.
 
-Matching by weights changes the order of the units and keeps the function: on the test split, the losses of the ends
-stay the same. What is left of the barrier is large. A few hundred steps of training leave networks of this size with
-features that are not the same ones in another order; rotations of queries, keys, values and of the residual stream,
-which these networks allow in part, are not looked for.
+The accuracy of the ends stays the same in every row, as it must. What is left of the barrier is large in all of them,
+and no mean of two is of use as it is. A smaller distance is not a smaller barrier, as the rows of the ViT show. Whether
+longer training or wider networks of these kinds would match better was not measured. Only orders are looked for, no
+rotations or signs of the residual stream, and no invertible maps inside the heads.
 
 ## Smooth order
 
