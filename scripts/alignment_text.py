@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from statistics import fmean
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from alignment_results import (
     bars,
     distance_falls,
 )
+from reproduction import page
 from rich.box import SIMPLE
 from rich.table import Table
 
@@ -157,7 +157,7 @@ def document(results: Results) -> str:
             for name, net in (("MLP", MLPS[0]), ("CNN", CNN), ("ViT", VIT), ("Llama", LLAMA))
         ),
     )
-    return "\n\n".join(_wrapped(block) for block in text.strip().split("\n\n")) + "\n"
+    return page(text)
 
 
 def bars_text(results: Results) -> str:
@@ -278,15 +278,3 @@ def _spread(values: Sequence[float]) -> str:
 def _markdown(sheet: Sheet) -> str:
     lines = [sheet.headings, [":-", *["-:"] * (len(sheet.headings) - 1)], *sheet.rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _wrapped(block: str) -> str:
-    """A paragraph, or the items of a list, in lines of 120; a table or a heading as it is."""
-    if block.startswith(("|", "#")):
-        return block
-    indent = "  " if block.startswith("- ") else ""
-    items = block.split("\n- ")
-    items[1:] = [f"- {item}" for item in items[1:]]
-    return "\n".join(
-        textwrap.fill(" ".join(item.split()), 120, subsequent_indent=indent, break_on_hyphens=False) for item in items
-    )

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import multiprocessing
-from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,8 +19,8 @@ import torch
 from eight_merges import Bench, Row, Score, all_rows
 from eight_tasks import Setting, experiment
 from reproduce_text import Results, bars_text, census_text, document, tables
+from reproduction import processes
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mergekit_lite.merge import default_threads
 
@@ -61,16 +59,7 @@ def census(seed: int, setting: Setting) -> dict[str, float]:
 def measure(workers: int, console: Console) -> Results:
     rows = (BASE, *all_rows())
     settings = {"": Setting(), **OTHERS}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context) as pool, Progress(*columns, console=console) as progress:
-
-        def wait(what: str, futures: Sequence[Future[Any]]) -> None:
-            bar = progress.add_task(what, total=len(futures))
-            for future in as_completed(futures):
-                future.result()
-                progress.advance(bar)
-
+    with processes(workers, console) as (pool, wait):
         own = {name: [pool.submit(train, seed, s) for seed in SEEDS] for name, s in settings.items()}
         wait("training", [future for futures in own.values() for future in futures])
         scores = {

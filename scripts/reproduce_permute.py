@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import multiprocessing
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from alignment_merges import Merger
 from alignment_models import Judge, Net, Weights, scores, trained
 from alignment_results import CNN, LLAMA, MLPS, SMOOTH, VIT, Line, Many, Results, Smooth
 from alignment_text import bars_text, document, tables
+from reproduction import processes
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -171,16 +170,7 @@ def smooth(net: Net, seed: int) -> Smooth:
 
 
 def measure(workers: int, console: Console) -> Results:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context) as pool, Progress(*columns, console=console) as progress:
-
-        def wait(what: str, futures: Sequence[Future[Any]]) -> None:
-            bar = progress.add_task(what, total=len(futures))
-            for future in as_completed(futures):
-                future.result()
-                progress.advance(bar)
-
+    with processes(workers, console) as (pool, wait):
         # The longest first, so that no process waits for the other at the end.
         needed = [
             (net, seed, number) for net in (LLAMA, VIT, *MLPS[::-1], CNN) for seed in PAIRS[net] for number in (0, 1)

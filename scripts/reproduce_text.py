@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -10,6 +9,7 @@ from typing import Any
 
 from eight_merges import EXAMPLES, LAMBDAS, THRESHOLDS, Row, Score
 from eight_tasks import Setting
+from reproduction import page
 from rich.box import SIMPLE
 from rich.table import Column, Table
 
@@ -150,7 +150,7 @@ def document(results: Results) -> str:
         examples=EXAMPLES,
         judged=_markdown(*_judged(results), ":-" + " -:" * (len(results.others) + 2)),
     )
-    return "\n\n".join(_wrapped(block) for block in text.strip().split("\n\n")) + "\n"
+    return page(text)
 
 
 def bars_text(results: Results) -> str:
@@ -172,18 +172,6 @@ def _bars(results: Results) -> list[float | None]:
     means = _means(results)
     start = next(mean for row, mean in zip(results.rows, means, strict=True) if row.method == "task_arithmetic")
     return [row.bar if row.bar is None or not row.beside else start + row.bar for row in results.rows]
-
-
-def _wrapped(block: str) -> str:
-    """A paragraph, or the items of a list, in lines of 120; a table as it is."""
-    if block.startswith("|"):
-        return block
-    indent = "  " if block.startswith("- ") else ""
-    items = block.split("\n- ")
-    items[1:] = [f"- {item}" for item in items[1:]]
-    return "\n".join(
-        textwrap.fill(" ".join(item.split()), 120, subsequent_indent=indent, break_on_hyphens=False) for item in items
-    )
 
 
 def _cells(results: Results) -> list[list[str]]:

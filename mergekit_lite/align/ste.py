@@ -199,7 +199,9 @@ class _Search:
                 for name in self._learnt:
                     state[name] = state[name] + weight * (shadow[name] - shadow[name].detach())
             value = loss(state)
-            scores.append(self._score(now, loss if mixed else None, float(value.detach()), validation))
+            # Without held-out data and without a mixture, the loss just taken is that of the mean.
+            judge = validation or (loss if mixed else None)
+            scores.append(float(value.detach()) if judge is None else self._score(now, judge, validation is not None))
             if scores[-1] < best:
                 best, chosen, kept = scores[-1], step, list(now)
             if step < steps:
@@ -211,17 +213,12 @@ class _Search:
                         now[number] = self.matched(shadow, number, now[number])
         return LearntMany(kept, best, chosen, tuple(scores))
 
-    def _score(
-        self, now: Sequence[Mapping[str, Order]], again: Loss | None, value: float, validation: Score | None
-    ) -> float:
-        """What permutations are chosen by. Held-out data give the same permutations the same score, found once."""
-        if validation is None and again is None:
-            return value
+    def _score(self, now: Sequence[Mapping[str, Order]], judge: Score, same: bool) -> float:
+        """What permutations are chosen by. Where `judge` gives the `same` score for the same ones, it is asked once."""
         key = b"".join(p[name].tobytes() for p in now for name in sorted(p))
-        if validation is None or key not in self._scores:
+        if not same or key not in self._scores:
             with torch.no_grad():
-                score = float((validation or again)(self.mean(now)))  # type: ignore[misc]  # one of them is there
-            self._scores[key] = score
+                self._scores[key] = float(judge(self.mean(now)))
         return self._scores[key]
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_text
-import shutil
-import tempfile
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -67,6 +64,9 @@ def path(
 
     Every merge is written to a temporary folder, scored and removed.
     """
+    import shutil
+    import tempfile
+
     from mergekit_lite.align.diagnose import barrier
     from mergekit_lite.evaluate.score import Score
 
@@ -113,8 +113,10 @@ def _located(text: str) -> str:
 def _merge(
     recipe: Path, a: str, b: str, step: Mapping[str, object], out: Path, offline: bool, threads: int | None
 ) -> None:
+    import json
+
     from mergekit_lite import merge
 
     text = {"version": 1, "models": {"a": a, "b": b}, "steps": {"m": step}, "save": {"to": str(out)}}
-    recipe.write_text(json_text.dumps(text), encoding="utf-8")  # JSON is YAML
+    recipe.write_text(json.dumps(text), encoding="utf-8")  # JSON is YAML
     merge.run(merge.plan(merge.load_recipe(recipe), offline=offline, threads=threads), threads=threads)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mergekit_lite.errors import MergeError, Problem
+from mergekit_lite.errors import Mark, MergeError, Problem, RecipeError
 from mergekit_lite.family.axes import spaces_of
 from mergekit_lite.family.data import load_family
 from mergekit_lite.family.spaces import Space
@@ -29,62 +29,81 @@ def build_alignment(
     The order itself is found by the run: it is a statistic over whole models, which `builder` notes as an alignment.
     """
     lead = sources[0]
-    problems = _unfit(step, method, sources, named)
-    settings = {p.name: _setting(step, p.name, p.default) for p in method.params if not p.per_input}
+    nothing = replace(lead.table, nodes={})
+    problems = _unfit(step, sources, named)
     if problems:
-        return replace(lead.table, nodes={}), problems
-    known = builder.alignments.get(settings["from"]) if settings.get("from") else None
-    kinds = settings["spaces"] if isinstance(settings["spaces"], tuple) else (settings["spaces"],)
+        return nothing, problems
+    settings = {p.name: _setting(step, p.name, p.default) for p in method.params if not p.per_input}
+    inverted = bool(settings.get("invert"))
+    found = builder.orders.get(settings.get("from") or "")
     try:
-        spaces = known.spaces if known else _spaces(lead.table, settings.get("family"))
+        if found is None:
+            alignment = _alignment(step, settings, sources, named)
+        else:
+            alignment, other = found
+            inverted = inverted != other
+            if len(alignment.labels) > 1:
+                message = f"`{settings['from']}` holds an order for each of its {len(alignment.labels)} models"
+                hint = f"take one of the files that it leaves: `permutations/{settings['from']}.1.safetensors`"
+                return nothing, [Problem(message, _mark(step, "from"), hint)]
     except MergeError as fault:
-        return replace(lead.table, nodes={}), [_placed(problem, step) for problem in fault.problems]
-    if known:
-        kinds = known.kinds
-    chosen = tuple(space for space in spaces if space.kind in kinds)
-    used = used_tensors(chosen)
+        return nothing, [p if p.mark is not None else replace(p, mark=step.use_mark) for p in fault.problems]
+    chosen = [space for space in alignment.spaces if space.kind in alignment.kinds]
+    problems = [gap for model in _models(sources, named) for gap in _gaps(model, lead, used_tensors(chosen), step)]
+    if problems:
+        return nothing, problems
+    if found is None:
+        builder.alignments[step.name] = alignment
+    builder.orders[step.name] = (alignment, inverted)
+    tables = [
+        _moved(builder, step.name, alignment, inverted, source.table, number) for number, source in enumerate(sources)
+    ]
+    return _mean(builder, step, method, sources, tables) if method.name == "merge_many" else (tables[0], [])
+
+
+def _alignment(
+    step: Step, settings: Mapping[str, Any], sources: Sequence[Source], named: Mapping[str, Source]
+) -> Alignment:
+    """The search that `step` asks for. Raises a MergeError where the model's family is not known or states no such
+    spaces, or where what the settings name does not fit."""
+    lead = sources[0].table
+    kinds = settings["spaces"] if isinstance(settings["spaces"], tuple) else (settings["spaces"],)
+    data = load_family(os.path.expanduser(settings["family"])) if settings["family"] else None
+    spaces = spaces_of(lead.config, {name: node.shape for name, node in lead.nodes.items()}, data)
+    chosen = [space for space in spaces if space.kind in kinds]
     if not chosen:
         there = ", ".join(sorted({f"`{space.kind}`" for space in spaces}))
-        problems.append(Problem("the model has none of these spaces", _mark(step, "spaces"), f"it has {there}"))
-    models = [*([named["like"]] if "like" in named else []), *sources]
-    for model in models:
-        problems += _gaps(model, lead, used, step)
-    path = settings.get("from")
-    digest = None
-    if path is not None and known is None:
-        digest, found = _file(path, chosen, step)
-        problems += found
-    for name in ("activations", "like_activations"):
-        if name in named:
-            problems += _activations(named[name], chosen)
+        problem = Problem("the model has none of these spaces", _mark(step, "spaces"), f"it has {there}")
+        raise RecipeError(problem)
+    given = [named[name] for name in ("like_activations", "activations") if name in named]
+    problems = [problem for source in given for problem in _activations(source, chosen)]
     if problems:
-        return replace(lead.table, nodes={}), problems
-    name = known.name if known else step.name
-    if known is None:
-        tables = [*models, *(named[n] for n in ("like_activations", "activations") if n in named)]
-        builder.alignments[name] = Alignment(
-            name=name,
-            use=step.use if path is None else "known",
-            labels=tuple(source.name for source in sources),
-            spaces=spaces,
-            kinds=kinds,
-            models=tuple({t: m.table.nodes[t] for t in used} for m in models),
-            activations=tuple(
-                {s.name: t.table.nodes[s.name] for s in chosen if s.name in t.table.nodes}
-                for t in tables[len(models) :]
-            ),
-            params=tuple(
-                (key, value)
-                for key, value in settings.items()
-                if key in ("cost", "max_sweeps", "seed", "order", "starts", "way", "from") and value is not None
-            ),
-            digest=digest,
+        raise RecipeError(problems)
+    path = settings.get("from")
+    path = None if path is None else os.path.expanduser(path)
+    used = used_tensors(chosen)
+    return Alignment(
+        name=step.name,
+        use=step.use if path is None else "known",
+        labels=tuple(source.name for source in sources),
+        spaces=spaces,
+        kinds=kinds,
+        # Tensors that a model lacks are told of once the step is looked at as a whole.
+        models=tuple({t: m.table.nodes[t] for t in used if t in m.table.nodes} for m in _models(sources, named)),
+        activations=tuple({space.name: source.table.nodes[space.name] for space in chosen} for source in given),
+        params=tuple(
+            (key, settings[key])
+            for key in ("cost", "max_sweeps", "seed", "order", "starts", "way")
+            if settings.get(key) is not None
         )
-    moved = _Moved(builder, step.name, name, spaces, kinds, bool(settings.get("invert")))
-    tables_out = [moved.table(source.table, number) for number, source in enumerate(sources)]
-    if method.name != "merge_many":
-        return tables_out[0], []
-    return _mean(builder, step, method, sources, tables_out)
+        + (() if path is None else (("from", path),)),
+        digest=None if path is None else _digest(path, chosen, step),
+    )
+
+
+def _models(sources: Sequence[Source], named: Mapping[str, Source]) -> list[Source]:
+    """What is looked at: the model to resemble first, where there is one."""
+    return [*([named["like"]] if "like" in named else []), *sources]
 
 
 def used_tensors(spaces: Sequence[Space]) -> tuple[str, ...]:
@@ -94,29 +113,19 @@ def used_tensors(spaces: Sequence[Space]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-class _Moved:
-    """Makes tables of permuted tensors."""
-
-    def __init__(
-        self, builder: Builder, step: str, alignment: str, spaces: Sequence[Space], kinds: Sequence[str], invert: bool
-    ):
-        self._builder, self._step, self._alignment, self._invert = builder, step, alignment, invert
-        chosen = [space for space in spaces if space.kind in kinds]
-        # What may come to stand under a tensor's name: itself, and what else an order of experts puts there.
-        self._candidates: dict[str, tuple[str, ...]] = {name: (name,) for name in used_tensors(chosen)}
-        for space in chosen:
-            for names in space.renames:
-                self._candidates.update(dict.fromkeys(names, names))
-
-    def table(self, table: Table, model: int) -> Table:
-        """`table` with the tensors of input number `model` in their new order."""
-        nodes = dict(table.nodes)
-        for name, candidates in self._candidates.items():
-            if name in nodes:
-                inputs = [table.nodes[c] for c in candidates]
-                place = (("tensor", name), ("among", candidates), ("model", model), ("invert", self._invert))
-                nodes[name] = self._builder.gather(inputs, self._step, self._alignment, place)
-        return replace(table, nodes=nodes)
+def _moved(builder: Builder, step: str, alignment: Alignment, inverted: bool, table: Table, model: int) -> Table:
+    """`table` with the tensors of model number `model` in their new order."""
+    chosen = [space for space in alignment.spaces if space.kind in alignment.kinds]
+    # What may come to stand under a tensor's name: itself, and what else an order of experts puts there.
+    candidates: dict[str, tuple[str, ...]] = {name: (name,) for name in used_tensors(chosen)}
+    for space in chosen:
+        for names in space.renames:
+            candidates.update(dict.fromkeys(names, names))
+    nodes = dict(table.nodes)
+    for name, among in candidates.items():
+        place = (("tensor", name), ("among", among), ("model", model), ("invert", inverted))
+        nodes[name] = builder.gather([table.nodes[one] for one in among], step, alignment.name, place)
+    return replace(table, nodes=nodes)
 
 
 def _mean(
@@ -145,12 +154,7 @@ def _mean(
     return replace(lead, nodes=nodes), []
 
 
-def _spaces(table: Table, family: str | None) -> tuple[Space, ...]:
-    data = load_family(os.path.expanduser(family)) if family else None
-    return spaces_of(table.config, {name: node.shape for name, node in table.nodes.items()}, data)
-
-
-def _unfit(step: Step, method: Method, sources: Sequence[Source], named: Mapping[str, Source]) -> list[Problem]:
+def _unfit(step: Step, sources: Sequence[Source], named: Mapping[str, Source]) -> list[Problem]:
     problems: list[Problem] = []
     for source in [*sources, *named.values()]:
         if source.table.quantized:
@@ -173,13 +177,9 @@ def _setting(step: Step, name: str, default: Any) -> Any:
     return default if value is None else value.rules[0].value
 
 
-def _mark(step: Step, name: str) -> Any:
+def _mark(step: Step, name: str) -> Mark:
     value = step.params.get(name)
     return value.mark if value is not None else step.use_mark
-
-
-def _placed(problem: Problem, step: Step) -> Problem:
-    return problem if problem.mark is not None else replace(problem, mark=step.use_mark)
 
 
 def _gaps(model: Source, lead: Source, used: Sequence[str], step: Step) -> list[Problem]:
@@ -198,15 +198,14 @@ def _gaps(model: Source, lead: Source, used: Sequence[str], step: Step) -> list[
     return problems
 
 
-def _file(path: str, spaces: Sequence[Space], step: Step) -> tuple[str | None, list[Problem]]:
-    """The digest of a file of permutations, and why it does not fit."""
+def _digest(path: str, spaces: Sequence[Space], step: Step) -> str:
+    """The digest of a file of permutations. Raises a MergeError where it does not fit."""
     from mergekit_lite.align.file import check_file
 
     try:
-        return check_file(os.path.expanduser(path), spaces), []
+        return check_file(path, spaces)
     except MergeError as fault:
-        mark = _mark(step, "from")
-        return None, [replace(problem, mark=mark) for problem in fault.problems]
+        raise RecipeError([replace(problem, mark=_mark(step, "from")) for problem in fault.problems]) from None
 
 
 def _activations(source: Source, spaces: Sequence[Space]) -> list[Problem]:

@@ -67,6 +67,8 @@ class Builder:
     seed: int
     pools: dict[str, list[Node]] = field(default_factory=dict)
     alignments: dict[str, Alignment] = field(default_factory=dict)
+    # By step: the alignment whose order its tensors have, and whether that is undone.
+    orders: dict[str, tuple[Alignment, bool]] = field(default_factory=dict)
     _known: dict[Any, Node] = field(default_factory=dict)
     _kinds: dict[Any, int] = field(default_factory=dict)
     _programs: dict[tuple[int, str, tuple[str, ...]], _Program] = field(default_factory=dict)

@@ -90,8 +90,9 @@ def _statistics(step: Step, method: Method, recipe: Recipe) -> list[Problem]:
         if name in names and not value.constant:
             problems.append(Problem(f"`{name}` is one model or step for all tensors", value.mark, "name it plainly"))
     known = [*recipe.models, *recipe.steps]
+    read = references(step)  # the reader has looked these up
     for ref in statistics(step, method):
-        if ref.name not in known:
+        if ref.name not in known and ref not in read:
             hint = suggest(ref.name, known)
             problems.append(Problem(f"there is no model or step `{ref.name}`", ref.mark, hint))
     return problems

@@ -19,7 +19,8 @@ from mergekit_lite.align.many import match_many
 from mergekit_lite.align.match import Solution, match, moved_share
 from mergekit_lite.align.reorder import reorder
 from mergekit_lite.plan.model import Alignment, Node
-from mergekit_lite.run.evaluate import Blocks
+from mergekit_lite.plan.order import walk
+from mergekit_lite.run.evaluate import Blocks, subset
 from mergekit_lite.run.gather import Taken
 from mergekit_lite.run.program import Program, Stats
 
@@ -34,7 +35,7 @@ class Solved:
     figures: Mapping[str, Any]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data for a journal; spaces that stay as they are are left out."""
+        """Plain data for a journal."""
         kept = [{name: p.tolist() for name, p in one.items()} for one in self.permutations]
         return {"permutations": kept, "figures": dict(self.figures)}
 
@@ -96,7 +97,7 @@ def _tensors(table: Mapping[str, Node], stats: Stats, blocks: Blocks) -> Callabl
 
     def tensor(name: str) -> Tensor:
         node = table[name]
-        local = dict(stats)
+        local = subset(stats, walk([node]))
         with blocks.lane():
             blocks.measure([node], local)
             whole = Program([node], blocks.loader(), local).run(0, node.numel)[0]
@@ -112,8 +113,7 @@ def places(alignment: Alignment, solved: Solved, nodes: Iterable[Node]) -> Stats
     found: Stats = {}
     for node in nodes:
         place = dict(node.params)
-        # A step that takes over another's order has one input, whatever number this has there.
-        key = (min(place["model"], len(solved.permutations) - 1), place["invert"])
+        key = (place["model"], place["invert"])
         if key not in known:
             orders = solved.permutations[key[0]]
             orders = inverse(alignment.spaces, orders) if key[1] else orders

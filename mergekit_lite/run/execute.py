@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.checkpoint.meta import DTYPE_BITS, TensorMeta
 from mergekit_lite.errors import InterruptedRun
+from mergekit_lite.plan.build import no_collection
 from mergekit_lite.plan.model import Node, Plan, Unit
 from mergekit_lite.run.copy import ByteSource, copy
 from mergekit_lite.run.journal import Done, Journal
@@ -137,27 +137,15 @@ def execute(
         return run.go()  # without torch, whose import takes longer than many a copy
     from mergekit_lite.run.plain import plain_sums, without_torch
 
-    if options.device == "cpu" and without_torch(plan, run.todo):
+    if options.device == "cpu" and not plan.alignments and without_torch(plan, run.todo):
         with plain_sums(plan, run.source, options.block, options.strict, run.check) as run.computer:
             return run.go()
-    with _without_collector():
+    with no_collection():  # torch's import makes as many objects
         from mergekit_lite.run.compute import computing
 
     with computing(plan, run.source, options.block, options.strict, run.check, options.device) as computer:
         run.computer = run.measures = computer
         return run.go()
-
-
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """Python looks for garbage again and again while torch is imported, and finds none."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
 
 
 class _Run:

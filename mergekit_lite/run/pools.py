@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lite.methods.measure import Measure, Part
 from mergekit_lite.plan.model import Node, Plan
 from mergekit_lite.plan.order import walk
-from mergekit_lite.run.evaluate import Blocks, freeze, measure_of
+from mergekit_lite.run.evaluate import Blocks, freeze, measure_of, subset
 from mergekit_lite.run.program import Stats
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _round(
             place.update(dict.fromkeys(loads, at))
 
     def one(work: list[tuple[str, Node, Part]]) -> list[tuple[str, Node]]:
-        local = dict(stats)
+        local = subset(stats, walk(node for _, node, _ in work))
         with blocks.lane():
             blocks.measure([node for _, node, _ in work], local)
             blocks.feed([(node, part) for _, node, part in work], local)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from itertools import permutations as arrangements
 from itertools import product as combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +21,9 @@ from mergekit_lite.errors import InputError
 from mergekit_lite.family.spaces import Space
 
 
-def solve(net: Net, a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **settings: object) -> Solution:
+def solve(net: Net, a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **settings: Any) -> Solution:
     kinds = settings.pop("kinds", net.kinds)
-    return match(net.spaces, a.__getitem__, b.__getitem__, shapes=net.shapes, kinds=kinds, **settings)  # type: ignore[arg-type]
+    return match(net.spaces, a.__getitem__, b.__getitem__, shapes=net.shapes, kinds=kinds, **settings)
 
 
 @pytest.mark.parametrize("name", NETS)

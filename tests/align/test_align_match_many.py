@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +19,10 @@ from mergekit_lite.align.many import ManySolution, Way, match_many
 WAYS: tuple[Way, ...] = ("star", "merge_many", "cycle")
 
 
-def solve(net: Net, models: list[dict[str, Tensor]], **settings: object) -> ManySolution:
+def solve(net: Net, models: list[dict[str, Tensor]], **settings: Any) -> ManySolution:
     kinds = settings.pop("kinds", net.kinds)
     reading = [model.__getitem__ for model in models]
-    return match_many(net.spaces, reading, shapes=net.shapes, kinds=kinds, **settings)  # type: ignore[arg-type]
+    return match_many(net.spaces, reading, shapes=net.shapes, kinds=kinds, **settings)
 
 
 def scrambled(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from mergekit_lite.align.apply import fault
-from mergekit_lite.align.distances import UnitDistances
+from mergekit_lite.align.distances import Metric, UnitDistances
 from mergekit_lite.align.path import path_length, shortest_path
 from mergekit_lite.align.reorder import reorder
 from mergekit_lite.errors import InputError
@@ -88,10 +88,10 @@ def test_points_on_a_line_are_sorted() -> None:
 
 @pytest.mark.parametrize("metric", ["l1", "l2"])
 @pytest.mark.parametrize("threads", [None, 2])
-def test_distances_are_those_of_numpy(metric: str, threads: int | None) -> None:
+def test_distances_are_those_of_numpy(metric: Metric, threads: int | None) -> None:
     parts = [torch.randn(130, size, dtype=torch.float64) for size in (1, 7, 9000)]
     with ThreadPoolExecutor(2) as pool:
-        total = UnitDistances(130, metric, pool if threads else None)  # type: ignore[arg-type]  # from parametrize
+        total = UnitDistances(130, metric, pool if threads else None)
         for part in parts:
             total.add(part)
     points = torch.cat(parts, dim=1).numpy()
@@ -132,7 +132,7 @@ def test_a_trained_network_becomes_smoother_and_keeps_its_function() -> None:
 
 
 @pytest.mark.parametrize("metric", ["l1", "l2"])
-def test_groups_stay_together_and_children_follow_their_parents(metric: str) -> None:
+def test_groups_stay_together_and_children_follow_their_parents(metric: Metric) -> None:
     """Four groups of three heads with keys by groups; coordinates within each group."""
     shapes = {"q": (12 * 2, 5), "k": (4 * 2, 5), "o": (5, 12 * 2)}
     heads = Space("heads", "heads", 12, (Use("q", 0, 2), Use("o", 1, 2), Use("k", 0, 2, grouped=True)), group=3)
@@ -149,7 +149,7 @@ def test_groups_stay_together_and_children_follow_their_parents(metric: str) -> 
     ]
     net = Net([heads, *inner], shapes)
     tensors = net.tensors(3, torch.float64)
-    found, figures = reorder(net.spaces, tensors.__getitem__, shapes=shapes, kinds=["heads", "qk"], metric=metric)  # type: ignore[arg-type]
+    found, figures = reorder(net.spaces, tensors.__getitem__, shapes=shapes, kinds=["heads", "qk"], metric=metric)
     assert [fault(space, found[space.name]) for space in net.spaces] == [None] * 5
     assert figures["heads"].length_after <= figures["heads"].length_before
     # The first child's order does not touch `o`, so distances are looked at in the network as it was.

@@ -79,7 +79,7 @@ def loaded(make: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     return net.eval()
 
 
-def average(a: nn.Module, b: nn.Module, alpha: float) -> nn.Module:
+def average(a: nn.Sequential, b: nn.Sequential, alpha: float) -> nn.Sequential:
     states = a.state_dict(), b.state_dict()
     return loaded(
         a,
@@ -96,10 +96,10 @@ def loss(net: nn.Module, shape: tuple[int, ...] = (64,)) -> float:
     return float(cross_entropy(net(pixels[TEST].reshape(-1, *shape)), labels[TEST]))
 
 
-def spread(net: nn.Module, upto: int, inputs: Tensor) -> np.ndarray:
+def spread(net: nn.Sequential, upto: int, inputs: Tensor) -> np.ndarray:
     """Each channel's standard deviation after the first layers."""
     with torch.no_grad():
-        found = net[:upto](inputs).double().numpy()  # type: ignore[index]  # a Sequential
+        found = net[:upto](inputs).double().numpy()
     return np.moveaxis(found, 1, 0).reshape(found.shape[1], -1).std(axis=1)
 
 
@@ -186,7 +186,7 @@ def test_repair_gives_every_layer_the_parents_statistics_and_lowers_the_barrier(
         assert alpha != 0.5 or measured["6"].mean() < 0.75
         for upto in (1, 3, 5, 7, 9):
             ends = [net[:upto](pixels).detach().double().numpy() for net in (a, b)]
-            got = merged[:upto](pixels).detach().double().numpy()  # type: ignore[index]  # a Sequential
+            got = merged[:upto](pixels).detach().double().numpy()
             for figure in (np.mean, np.std):
                 wanted = (1 - alpha) * figure(ends[0], axis=0) + alpha * figure(ends[1], axis=0)
                 np.testing.assert_allclose(figure(got, axis=0), wanted, rtol=1e-3, atol=1e-4)
@@ -199,14 +199,14 @@ def test_convolutions_and_dead_channels() -> None:
     parents = [nn.Sequential(nn.Conv2d(2, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(27, 4)) for _ in range(2)]
     merged = average(*parents, 0.5)
     with torch.no_grad():
-        merged[0].weight[1] = 0  # type: ignore[index]  # a Sequential
+        merged[0].weight[1] = 0
     given = [torch.randn(20, 2, 4, 4) for _ in range(3)]
     assert list(repair(merged, parents, [0.5, 0.5], given)) == ["0", "3"]
     inputs = torch.cat(given)
     got = spread(merged, 1, inputs)
     wanted = 0.5 * (spread(parents[0], 1, inputs) + spread(parents[1], 1, inputs))
     np.testing.assert_allclose(got[[0, 2]], wanted[[0, 2]], rtol=1e-4)
-    assert got[1] == 0 and torch.isfinite(merged[0].bias).all()  # type: ignore[index]  # a Sequential
+    assert got[1] == 0 and torch.isfinite(merged[0].bias).all()
     assert list(repair(merged, parents, [0.5, 0.5], [(batch,) for batch in given], layers=["0"])) == ["0"]
 
 

@@ -132,6 +132,15 @@ def test_a_base_moves_along_with_its_model(planted: Path, tmp_path: Path) -> Non
     assert same(got, load_file(planted / "d" / "model.safetensors"))
 
 
+def test_an_order_is_passed_on_from_step_to_step(planted: Path, tmp_path: Path) -> None:
+    """What a step takes over may be taken over from it; undone twice it is done again."""
+    steps = f"""there: {{use: permute, of: b, like: a, with: {{spaces: {ALL}}}}}
+  back: {{use: permute, of: there, with: {{from: there, invert: true}}}}
+  m: {{use: permute, of: back, with: {{from: back, invert: true}}}}"""
+    got = merged(write_recipe(tmp_path / "r.yaml", planted, steps))
+    assert same(got, load_file(planted / "a" / "model.safetensors"))
+
+
 @pytest.mark.parametrize("way", ["merge_many", "star", "cycle"])
 def test_the_mean_of_one_network_in_four_orders_is_that_network(way: str, planted: Path, tmp_path: Path) -> None:
     step = f"m: {{use: merge_many, of: [a, b, c, d], with: {{way: {way}, spaces: {ALL}}}}}"
@@ -245,6 +254,10 @@ def test_what_cannot_be_matched_is_refused_before_anything_is_written(planted: P
         text = "\n".join(problem.render() for problem in caught.value.problems)
         assert words in text and "hint:" in text, text
         assert all(problem.mark is not None for problem in caught.value.problems), text
+    steps = "all: {use: merge_many, of: [a, b]}\n  m: {use: permute, of: c, with: {from: all}}"
+    recipe = write_recipe(tmp_path / "r.yaml", planted, steps)
+    with pytest.raises(RecipeError, match="for each of its 2 models"):
+        plan(load_recipe(recipe))
     assert not (tmp_path / "r").exists()
 
 
