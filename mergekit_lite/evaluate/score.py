@@ -44,7 +44,8 @@ class Score:
         if ran.returncode:
             said = " | ".join((ran.stderr or ran.stdout).strip().splitlines()[-LAST_LINES:])
             hint = f"run it by hand: `{shlex.join(command)}`"
-            raise StoppedError(f"the score command failed with exit code {ran.returncode}: {said}", hint=hint)
+            message = f"the score command failed with exit code {ran.returncode}: {said or 'it says nothing'}"
+            raise StoppedError(message, hint=hint)
         return self._number(ran.stdout)
 
     def _parts(self) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mergekit_lite.errors import Mark, MergeError, Problem, RecipeError
 from mergekit_lite.family.axes import spaces_of
-from mergekit_lite.family.data import load_family
+from mergekit_lite.family.data import FamilyData, load_family
 from mergekit_lite.family.spaces import Space
 from mergekit_lite.methods.registry import all_methods
 from mergekit_lite.methods.spec import Call, Method, Slot
@@ -68,7 +68,7 @@ def _alignment(
     spaces, or where what the settings name does not fit."""
     lead = sources[0].table
     kinds = settings["spaces"] if isinstance(settings["spaces"], tuple) else (settings["spaces"],)
-    data = load_family(os.path.expanduser(settings["family"])) if settings["family"] else None
+    data = _family(settings["family"], step) if settings["family"] else None
     spaces = spaces_of(lead.config, {name: node.shape for name, node in lead.nodes.items()}, data)
     chosen = [space for space in spaces if space.kind in kinds]
     if not chosen:
@@ -99,6 +99,13 @@ def _alignment(
         + (() if path is None else (("from", path),)),
         digest=None if path is None else _digest(path, chosen, step),
     )
+
+
+def _family(path: str, step: Step) -> FamilyData:
+    try:
+        return load_family(os.path.expanduser(path))
+    except MergeError as fault:
+        raise RecipeError([p if p.mark else replace(p, mark=_mark(step, "family")) for p in fault.problems]) from None
 
 
 def _models(sources: Sequence[Source], named: Mapping[str, Source]) -> list[Source]:

@@ -241,6 +241,7 @@ def test_what_cannot_be_matched_is_refused_before_anything_is_written(planted: P
         "{use: permute, of: b, like: PLACE/short}": "v_proj",
         "{use: permute, of: b, like: PLACE/wide}": name,
         "{use: permute, of: b}": "`like`",
+        "{use: permute, of: b, like: a, with: {family: PLACE/none.yaml}}": "^" * len(f"{tmp_path}/none.yaml"),
         "{use: permute, of: b, like: a, with: {spaces: [mlp, hedas]}}": "'hedas'",
         "{use: permute, of: b, with: {from: PLACE/no.safetensors}}": "no file of permutations",
         "{use: permute, of: b, with: {from: PLACE/none.safetensors}}": "No such file",
