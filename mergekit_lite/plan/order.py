@@ -13,7 +13,7 @@ from mergekit_lite.plan.model import Alignment, Node, Output, OutTensor, Unit
 
 GRAIN = 1 << 16  # elements over which a statistic is summed at once; part of what defines the output's bytes
 BLOCK = 1 << 18  # elements of one block unless the run says otherwise; changes time and memory, never a byte
-SEGMENT = 1 << 24  # elements of one unit where a tensor can be cut: a unit is what a stopped run may have to redo
+SEGMENT = 1 << 22  # elements of one unit where a tensor can be cut: a unit is what a stopped run may have to redo
 COPY_BLOCK = 1 << 20  # bytes that a passthrough tensor is copied in: what a core's own cache holds
 THREAD = 3 << 22  # bytes of one thread's stack and of what its allocator keeps for later
 SWEEPS = 6  # passes over models whose spaces depend on one another, as weight matching usually takes them

@@ -18,7 +18,7 @@ from mergekit_lite.plan.build import no_collection
 from mergekit_lite.plan.model import Node, Plan, Unit
 from mergekit_lite.run.copy import ByteSource, copy
 from mergekit_lite.run.journal import Done, Journal
-from mergekit_lite.run.sink import Sink
+from mergekit_lite.run.sink import Sink, make_safe
 
 if TYPE_CHECKING:
     from mergekit_lite.run.alignment import Solved
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mergekit_lite.run.plain import PlainSums
 
 WITHIN_SECONDS = 0.2  # how often a tensor in a long iteration tells how far it is, at most
-JOURNAL_SECONDS = 3.0  # how much finished work a crash may cost, at most
+SAFE_SECONDS = 3.0  # how much finished work a machine that goes down may cost, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,6 @@ class _Run:
             queue.SimpleQueue()
         )
         self.ahead: dict[int, int] = {}  # bytes of units in the middle of a long iteration, by their share done
-        self.unsafe: list[tuple[int, dict[str, Any]]] = []
         self.safe_at = time.monotonic()
         self.written = 0
         self.total = sum(written(unit) for unit in plan.units)
@@ -240,7 +239,10 @@ class _Run:
                         unit = next(pending, None)
                     if unit is None:
                         break
-                    self.finished.put((unit, self._unit(unit)))
+                    found = self._unit(unit)
+                    if self.journal is not None:
+                        self.journal.unit(unit.id, found)  # before the next one, so that a crash costs one a thread
+                    self.finished.put((unit, found))
             except _Stop:
                 pass
             except BaseException as fault:
@@ -268,12 +270,11 @@ class _Run:
                     count += 1
                     self._take(*got)
                     self._tell(got[0], count)
-            if time.monotonic() - self.safe_at > JOURNAL_SECONDS:
+            if time.monotonic() - self.safe_at > SAFE_SECONDS:
                 self._save()
 
     def _take(self, unit: Unit, found: dict[str, Any]) -> None:
         self.findings.add(found)
-        self.unsafe.append((unit.id, found))
         self.written += written(unit)
         self.ahead.pop(unit.id, None)
 
@@ -305,10 +306,8 @@ class _Run:
 
     def _save(self) -> None:
         """Make what is written safe, then say so in the journal."""
-        if self.journal is not None and self.unsafe:
-            self.sink.sync()
-            self.journal.units(self.unsafe)
-            self.unsafe = []
+        if self.journal is not None:
+            make_safe(self.sink, self.journal)
         self.safe_at = time.monotonic()
 
     def _unit(self, unit: Unit) -> dict[str, Any]:

@@ -1,8 +1,12 @@
 """What is finished, on disk, so that a stopped run goes on where it was.
 
 One JSON object a line. The first names the plan and comes only once every file has its size; then come the processes
-that worked on it, finished statistics and finished units, each written only after the bytes it speaks of are safe. A
-torn last line is what a crash leaves and is dropped.
+that worked on it, finished statistics and finished units. A torn last line is what a crash leaves and is dropped.
+
+A unit is told as soon as its bytes are written, when a killed process no longer loses them but a machine that goes down
+does. `{"safe": N}` says that all told in the first N bytes of the journal lies on the disk by now. Units told later
+are believed on the machine that wrote them while it runs on; after a restart, or on another machine, they are done
+again.
 
 Where several ranks share the merge each has a journal, rank 1 `journal.1.jsonl` and so on. What a rank has to say to
 the others stands there too, and the lock on it tells whether the rank is still at work: the system lets go of it
@@ -15,6 +19,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +29,16 @@ from mergekit_lite.errors import StoppedError
 
 NAME = "journal.jsonl"
 OTHERS = "journal.*.jsonl"
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+def boot() -> str:
+    """What tells this run of the system's kernel, with the pages that it has yet to write, from every other; empty
+    where the system does not say."""
+    try:
+        return _BOOT.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 @dataclass
@@ -62,6 +77,10 @@ class Journal:
         self.path = path_of(folder, rank)
         self._run = run
         self._head: dict[str, Any] = {}
+        self._lock = threading.Lock()  # threads tell of their units themselves
+        self._end = self._end_of_units = 0
+        self._doubtful: int | None = None  # where the first unit stands that may not lie on the disk yet
+        self._refused = False
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         except OSError as fault:
@@ -88,38 +107,60 @@ class Journal:
     def begin(self, head: dict[str, Any]) -> None:
         """Start anew with the plan's identity."""
         self._head = head
-        os.ftruncate(self._file, 0)
+        self._cut(0)
         self._append([head, self._process()])
 
     def read(self, head: dict[str, Any]) -> Done | None:
         """What the journal says is finished; None where another plan made it. Raises StoppedError where a whole line of
-        it is no journal's, which no crash leaves behind."""
-        data = _data(self._file)
-        whole = data[: data.rfind(b"\n") + 1]
-        done = _parse(self.path, whole, head)
-        if done is None:
+        it is no journal's, which no crash leaves behind. `safe` is to follow once the files are synced."""
+        told = _parse(self.path, _data(self._file), head)
+        if told is None:
             return None
         self._head = head
-        os.ftruncate(self._file, len(whole))
+        self._cut(told.end)
+        self._doubtful = told.doubtful
         self._append([self._process()])
         others = self.absorb()
-        return Done(done.units | others.units, done.pools | others.pools)
+        return Done(told.done.units | others.units, told.done.pools | others.pools)
 
     def absorb(self) -> Done:
         """Take in what the other ranks' journals say, and remove them. Gives what was in them."""
         found = Done()
         for path in self._others():
-            done = _parse(path, path.read_bytes(), self._head)
-            if done is not None:
+            told = _parse(path, path.read_bytes(), self._head)
+            if told is not None:
+                done = told.done
                 self._append([*done.units.values(), *({"pool": n, "stats": s} for n, s in done.pools.items())])
                 found.units |= done.units
                 found.pools |= done.pools
             path.unlink(missing_ok=True)
         return found
 
-    def units(self, entries: Iterable[tuple[int, dict[str, Any]]]) -> None:
-        """Units whose bytes are safe on disk."""
-        self._append([{"unit": unit, **found} for unit, found in entries])
+    def unit(self, unit: int, found: dict[str, Any]) -> None:
+        """A unit whose bytes are written, though perhaps not on the disk yet."""
+        if not self._refused:
+            self._append([{"unit": unit, **found}], sync=False)
+
+    def mark(self) -> int | None:
+        """Where the journal ends, for `safe` after the bytes of all units told so far were synced; None where nothing
+        told is in doubt."""
+        with self._lock:
+            return None if self._doubtful is None or self._refused else self._end
+
+    def safe(self, mark: int) -> None:
+        """All units told before `mark` lie on the disk."""
+        self._append([{"safe": mark}])
+        with self._lock:
+            self._doubtful = mark if self._doubtful is not None and self._end_of_units > mark else None
+
+    def distrust(self) -> None:
+        """Forget the units in doubt, and hear of no more: the disk has refused bytes after they were written, which it
+        says but once."""
+        with self._lock:
+            self._refused = True
+            if self._doubtful is not None:
+                self._cut(self._doubtful)
+                self._doubtful = None
 
     def pool(self, name: str, stats: Sequence[Any]) -> None:
         """A statistic over all tensors."""
@@ -139,17 +180,36 @@ class Journal:
         return sorted(self.path.parent.glob(OTHERS))
 
     def _process(self) -> dict[str, Any]:
-        return {"process": os.getpid(), "host": socket.gethostname(), "run": self._run}
+        return {"process": os.getpid(), "host": socket.gethostname(), "boot": boot(), "run": self._run}
 
-    def _append(self, entries: Sequence[dict[str, Any]]) -> None:
+    def _append(self, entries: Sequence[dict[str, Any]], sync: bool = True) -> None:
         data = "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries).encode()
         view = memoryview(data)
         try:
-            while view:
-                view = view[os.write(self._file, view) :]
-            os.fsync(self._file)
+            with self._lock:
+                begin = self._end
+                try:
+                    while view:
+                        view = view[os.write(self._file, view) :]
+                except OSError:
+                    # What comes next, such as why the run stops, must not stand behind half a line.
+                    os.ftruncate(self._file, begin)
+                    raise
+                self._end += len(data)
+                if any("unit" in entry for entry in entries):
+                    self._doubtful = begin if self._doubtful is None else self._doubtful
+                    self._end_of_units = self._end
+            if sync:
+                os.fsync(self._file)
         except OSError as fault:
             raise _refused(self.path, fault) from fault
+
+    def _cut(self, end: int) -> None:
+        try:
+            os.ftruncate(self._file, end)
+        except OSError as fault:
+            raise _refused(self.path, fault) from fault
+        self._end = end
 
 
 def read_beside(folder: Path, run: str) -> tuple[dict[str, Any], Done] | None:
@@ -163,32 +223,59 @@ def read_beside(folder: Path, run: str) -> tuple[dict[str, Any], Done] | None:
         head = json.loads(data[: data.index(b"\n")])
     except (OSError, ValueError):
         return None
-    done = _parse(path, data, head)
-    return None if done is None else (head, done)
+    told = _parse(path, data, head)
+    return None if told is None else (head, told.done)
 
 
-def _parse(path: Path, data: bytes, head: dict[str, Any]) -> Done | None:
+@dataclass
+class _Told:
+    """What a journal says: what is finished, where its last line to be believed ends, and where the first unit stands
+    that is believed though it may not lie on the disk."""
+
+    done: Done
+    end: int
+    doubtful: int | None
+
+
+def _parse(path: Path, data: bytes, head: dict[str, Any]) -> _Told | None:
     """The whole lines of a journal; None where another plan made it."""
-    lines = data[: data.rfind(b"\n") + 1].splitlines()
-    done = Done()
+    lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+    told = _Told(Done(), 0, None)
+    here, there = boot(), ""
+    units: list[tuple[int, bool, dict[str, Any]]] = []  # where it stands, whether it was written here, the unit
+    safe = 0
     try:
         first, *entries = [json.loads(line) for line in lines] or [None]
         if first != head:
             return None
-        for entry in entries:
+        for line, entry in zip(lines, (first, *entries), strict=True):
             match entry:
-                case {"unit": int(unit), "nonfinite": dict(), "overflow": dict()}:
-                    done.units[unit] = entry
+                case _ if told.end == 0:
+                    pass
+                case {"unit": int(), "nonfinite": dict(), "overflow": dict()}:
+                    units.append((told.end, bool(here) and there == here, entry))
                 case {"pool": str(pool), "stats": list(stats)}:
-                    done.pools[pool] = stats
-                case {"process": int()} | {"say": str()}:
+                    told.done.pools[pool] = stats
+                case {"safe": int(mark)}:
+                    safe = max(safe, mark)
+                case {"process": int()}:
+                    there = str(entry.get("boot", ""))
+                case {"say": str()}:
                     pass
                 case _:
                     raise ValueError("no line of a journal")
+            told.end += len(line)
     except ValueError as fault:
         hint = f"remove `{path.parent}` and start anew"
         raise StoppedError(f"the journal `{path}` is damaged", hint=hint) from fault
-    return done
+    for place, believed, entry in units:
+        if place >= safe:
+            if not believed:
+                told.end = place
+                break
+            told.doubtful = place if told.doubtful is None else told.doubtful
+        told.done.units[entry["unit"]] = entry
+    return told
 
 
 def _check_free(path: Path) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Protocol
 
 from mergekit_lite.checkpoint.writer import ShardFileWriter
+from mergekit_lite.errors import StoppedError
 from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.plan.model import Output, OutTensor
+from mergekit_lite.run.journal import Journal
 
 
 class Sink(Protocol):
@@ -69,6 +71,20 @@ class Files:
         for shards in self._writers:
             for shard in shards:
                 shard.close()
+
+
+def make_safe(sink: Sink, journal: Journal) -> None:
+    """Return when all units that the journal tells of lie on the disk, and it says so. Raises StoppedError where the
+    disk refuses; then the journal has forgotten the units whose bytes may be lost."""
+    mark = journal.mark()
+    if mark is None:
+        return
+    try:
+        sink.sync()
+    except StoppedError:
+        journal.distrust()
+        raise
+    journal.safe(mark)
 
 
 class Memory:

@@ -16,7 +16,7 @@ from mergekit_lite.errors import InputError, InterruptedRun, Problem, StoppedErr
 from mergekit_lite.plan.model import Plan
 from mergekit_lite.run.journal import NAME, Done, Journal, read_beside
 from mergekit_lite.run.ranks import Ranks
-from mergekit_lite.run.sink import Files, partial
+from mergekit_lite.run.sink import Files, make_safe, partial
 
 
 @contextlib.contextmanager
@@ -103,6 +103,7 @@ def open_run(plan: Plan, resume: bool, run: str = "") -> Iterator[tuple[Files, J
                     f"the recipe or an input has changed since the run in `{folder}` was stopped", hint=hint
                 )
             files.reopen()
+            make_safe(files, journal)
         else:
             done = Done()
             try:

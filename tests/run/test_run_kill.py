@@ -19,7 +19,8 @@ from recipes_for_runs import write_models as write_small_models
 from recipes_for_runs import write_recipe as write_small_recipe
 
 from mergekit_lite import InterruptedRun, RecipeError, StoppedError, load_recipe, plan, run
-from mergekit_lite.run import execute, finish, sink, start
+from mergekit_lite.plan.model import Plan
+from mergekit_lite.run import execute, finish, journal, sink, start
 from mergekit_lite.run.journal import Journal
 from tests.faults import kill
 from tests.faults.kill import STEPS, Whole, digests, partial, units
@@ -47,7 +48,10 @@ def whole(models: Path) -> Callable[[str], tuple[Path, Path, Whole]]:
     return get
 
 
-@pytest.mark.parametrize("name, threads, seed", [("ties", 1, 1), ("ties", 2, 2), ("dare", 1, 3), ("dare", 2, 4)])
+@pytest.mark.parametrize(
+    "name, threads, seed",
+    [("ties", 1, 1), ("ties", 2, 2), ("dare", 1, 3), ("linear", 2, 4), ("iso_c", 2, 5), ("permute", 1, 6)],
+)
 def test_killed_at_a_random_moment(
     name: str, threads: int, seed: int, whole: Callable[[str], tuple[Path, Path, Whole]]
 ) -> None:
@@ -62,7 +66,7 @@ def test_killed_twice_while_writing(whole: Callable[[str], tuple[Path, Path, Who
     recipe, out, expected = whole("dare")
     seen = [0]
     for flags in ((), ("--resume",)):
-        code, *_ = kill.finish(kill.start(recipe, "--threads", "1", *flags, signal_at=f"units 2 {signal.SIGKILL}"))
+        code, *_ = kill.finish(kill.start(recipe, "--threads", "1", *flags, signal_at=f"unit 2 {signal.SIGKILL}"))
         assert code == -signal.SIGKILL
         seen.append(units(out))
     assert 0 < seen[1] < seen[2] and not out.exists()
@@ -118,15 +122,13 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = plan(load_recipe(recipe), threads=1)
     (folder / "expected").write_text(json.dumps(shard_digests(run(made, threads=1))))
     shutil.rmtree(folder / "out")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execute, "JOURNAL_SECONDS", 0.0)
 
-        def unplug(progress: execute.Progress) -> None:
-            if progress.phase == "merge" and progress.tensors == 7:
-                raise Unplugged
+    def unplug(progress: execute.Progress) -> None:
+        if progress.phase == "merge" and progress.tensors == 7:
+            raise Unplugged
 
-        with pytest.raises(Unplugged):
-            run(made, threads=1, progress=unplug)
+    with pytest.raises(Unplugged):
+        run(made, threads=1, progress=unplug)
     (folder / "out.partial").rename(folder / "kept")
     return folder
 
@@ -176,7 +178,8 @@ def test_a_torn_journal(stopped: Path, remains: Path) -> None:
         (sink.Files, "create"),
         (Journal, "begin"),
         (Journal, "pool"),
-        (Journal, "units"),
+        (Journal, "unit"),
+        (Journal, "safe"),
         (finish, "shard_digests"),
         (finish, "copy_extras"),
         (os, "rename"),
@@ -211,6 +214,78 @@ def test_stopped_by_ctrl_c(
         hint or ""
     ]
     assert shard_digests(run(made, threads=2, resume=resume)) == expected
+
+
+def test_a_machine_that_went_down(stopped: Path, remains: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was only written when the machine went down is done again; what was safe is not. Where it runs on, both are
+    taken over."""
+    expected = json.loads((stopped / "expected").read_text())
+    lines = (remains / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    units = [line for line in lines if line.startswith(b'{"unit"')]
+    rest = [line for line in lines[1:] if not line.startswith((b'{"unit"', b'{"safe"'))]
+    told = [lines[0], *rest, *units[:4]]
+    mark = len(b"".join(told))
+    # Those behind the mark have no more than their line in the journal.
+    text = b"".join([*told, b'{"safe":%d}\n' % mark, *units[4:]])
+    boot = journal.boot()
+    assert boot.encode() in text
+    taken = {}
+    for now in (boot, "another", ""):
+        shutil.rmtree(stopped / "out", ignore_errors=True)
+        shutil.copytree(stopped / "kept", remains, dirs_exist_ok=True)
+        (remains / "journal.jsonl").write_bytes(text)
+        if now != boot:
+            _spoil(remains, plan(load_recipe(stopped / "r.yaml")), [json.loads(line)["unit"] for line in units[:4]])
+        monkeypatch.setattr(journal, "boot", lambda now=now: now)
+        found, taken[now] = go_on(stopped)
+        assert found == expected, now
+    assert taken == {boot: len(units), "another": 4, "": 4} and len(units) > 4
+
+
+def _spoil(folder: Path, made: Plan, kept: list[int]) -> None:
+    """Lose the bytes of all units but those `kept`."""
+    safe = {(tensor.shard, tensor.start + byte) for unit in made.units if unit.id in kept for _, tensor in unit.targets
+            for byte in range(unit.start * 4, unit.stop * 4)}  # fmt: skip
+    for number, shard in enumerate(made.outputs[0].shards):
+        data = bytearray((folder / shard.file).read_bytes())
+        for place in range(len(shard.header), len(data)):
+            if (number, place) not in safe:
+                data[place] = 0xEE
+        (folder / shard.file).write_bytes(data)
+
+
+def test_a_disk_that_refuses_late(stopped: Path, remains: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes were taken by the system, which could not bring them to the disk: their units are done again, though a
+    second attempt to sync would have gone well."""
+    shutil.rmtree(remains)
+    made = plan(load_recipe(stopped / "r.yaml"), threads=1)
+    calls = []
+
+    def sync(files: sink.Files) -> None:
+        calls.append(files)
+        if len(calls) == 3:  # 1: the new files; 2: after the first unit
+            _spoil(remains, made, first)
+            raise StoppedError("the disk refuses")
+        original(files)
+
+    def told(unit: execute.Progress) -> None:
+        if unit.phase == "merge" and unit.tensors == 1:
+            first.extend(units_of(remains))
+
+    first: list[int] = []
+    original = sink.Files.sync
+    monkeypatch.setattr(sink.Files, "sync", sync)
+    monkeypatch.setattr(execute, "SAFE_SECONDS", 0.0)
+    with pytest.raises(StoppedError, match="the disk refuses"):
+        run(made, threads=1, progress=told)
+    assert first and units_of(remains) == first
+    found, resumed = go_on(stopped)
+    assert (found, resumed) == (json.loads((stopped / "expected").read_text()), len(first))
+
+
+def units_of(folder: Path) -> list[int]:
+    lines = (folder / "journal.jsonl").read_text().splitlines()
+    return [json.loads(line)["unit"] for line in lines if line.startswith('{"unit"')]
 
 
 def test_what_a_crash_left_is_run_over_again(stopped: Path, remains: Path) -> None:

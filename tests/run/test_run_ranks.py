@@ -169,7 +169,7 @@ def test_a_killed_rank_and_going_on_with_any_number(models: Path, tmp_path: Path
     shutil.rmtree(tmp_path / "out")
     program = tmp_path / "program.py"
     program.write_text(KILLED)
-    killing = {"SIGNAL_RANK": "1", "SIGNAL_AT": f"units 1 {signal.SIGKILL}"}
+    killing = {"SIGNAL_RANK": "1", "SIGNAL_AT": f"unit 1 {signal.SIGKILL}"}
     one = ["--num_processes", "2", "--num_machines", "1", "--main_process_port", free_port(), str(program)]
     ((code, out, err),) = end([start(*LAUNCH, *one, "run", str(recipe), "--json", **killing)])
     assert code != 0 and not (tmp_path / "out").exists()
@@ -215,7 +215,7 @@ def assert_result(text: str, expected: list[str], resumed: int) -> None:
 
 def test_rank_0_killed_without_a_launcher(models: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", models, STEPS["linear"], tmp_path / "out")
-    killing = {"SIGNAL_RANK": "0", "SIGNAL_AT": f"units 1 {signal.SIGKILL}"}
+    killing = {"SIGNAL_RANK": "0", "SIGNAL_AT": f"unit 1 {signal.SIGKILL}"}
     (first, *_), (code, out, err) = end(start_ranks(2, "-c", KILLED, "run", str(recipe), "--json", **killing))
     assert (first, code, out) == (-signal.SIGKILL, 5, "")
     assert re.match(r"error: rank 0 \(process \d+ on .*\) ended without a word: was it killed\?\n", err)
@@ -325,8 +325,8 @@ def test_an_interruption_stops_all(team: Team) -> None:
 def test_journals_of_ranks_become_one(team: Team, made: Plan) -> None:
     _, journals, _ = team
     found: dict[str, Any] = {"nonfinite": {"x:y": 3}, "overflow": {}}
-    journals[0].units([(0, found)])
-    journals[1].units([(1, found), (2, found)])
+    for journal, unit in ((journals[0], 0), (journals[1], 1), (journals[1], 2)):
+        journal.unit(unit, found)
     journals[2].pool("p", [1, 2])
     folder = journals[0].path.parent
     journals[0].close()
