@@ -71,14 +71,15 @@ def plan(
     threads: int | None = None,
     block: int | None = None,
     offline: bool = False,
+    allow_pickle: bool = False,
     check_output: bool = True,
 ) -> Plan:
     """Plan `recipe` from the headers of its checkpoints. Nothing is written.
 
     `out` replaces the output folder of the recipe's only save. `threads` (default: the cores of this process) and
-    `block` (elements) change memory and speed, never a byte of the result. `check_output` False leaves out whether the
-    output folders are free, for looking at a plan whose result exists. Raises RecipeError and InputError, each with all
-    faults that were found.
+    `block` (elements) change memory and speed, never a byte of the result. `allow_pickle` reads checkpoints of
+    `torch.save` too, as plain data, never as code. `check_output` False leaves out whether the output folders are free,
+    for looking at a plan whose result exists. Raises RecipeError and InputError, each with all faults that were found.
     """
     from mergekit_lite.plan.build import build_plan, no_collection, used_models
     from mergekit_lite.plan.order import BLOCK
@@ -87,7 +88,7 @@ def plan(
         hint = "remove `--out`, or change one with `--set save.0.to=DIR`"
         raise RecipeError(Problem(f"`--out` names one folder, the recipe saves {len(recipe.saves)}", None, hint))
     with no_collection():
-        checkpoints = _open_all(recipe, used_models(recipe), offline)
+        checkpoints = _open_all(recipe, used_models(recipe), offline, allow_pickle)
         return build_plan(
             recipe,
             checkpoints,
@@ -103,7 +104,7 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _open_all(recipe: Recipe, names: Sequence[str], offline: bool) -> dict[str, Checkpoint]:
+def _open_all(recipe: Recipe, names: Sequence[str], offline: bool, pickled: bool) -> dict[str, Checkpoint]:
     """Every checkpoint that is needed; the faults of all of them come together."""
     found: dict[str, Checkpoint] = {}
     problems: list[Problem] = []
@@ -111,7 +112,7 @@ def _open_all(recipe: Recipe, names: Sequence[str], offline: bool) -> dict[str, 
     for name in names:
         model = recipe.models[name]
         try:
-            opened = open_checkpoint(model.location, model.revision, mark=model.mark, offline=offline)
+            opened = open_checkpoint(model.location, model.revision, mark=model.mark, offline=offline, pickled=pickled)
             if model.adapter is not None:
                 adapter = open_adapter(model.adapter, model.adapter_revision, mark=model.mark, offline=offline)
                 opened = with_adapter(opened, adapter, model.mark)

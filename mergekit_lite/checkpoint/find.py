@@ -20,23 +20,25 @@ _MAX_CONFIG_BYTES = 16 * 2**20
 _MAX_INDEX_BYTES = 100_000_000
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_STEM = "pytorch_model"
 _CONVERT = (
-    "only safetensors files are read, since pickled weights can run code: load the model once with transformers, "
-    "`from_pretrained(...)`, and save it with `save_pretrained(...)`"
+    "pickled weights can run code, so they are read only with `--allow-pickle`, and then as plain data; or load the "
+    "model once with transformers, `from_pretrained(...)`, and save it with `save_pretrained(...)`"
 )
 
 
 def open_checkpoint(
-    location: str, revision: str | None, *, mark: Mark | None = None, offline: bool = False
+    location: str, revision: str | None, *, mark: Mark | None = None, offline: bool = False, pickled: bool = False
 ) -> Checkpoint:
     """The checkpoint at `location`: an existing folder or .safetensors file, otherwise a Hub id with its `revision`.
 
     A folder holds model.safetensors, or shards with an index, or nothing but a consistent set of .safetensors files.
+    `pickled` reads pytorch_model.bin or its shards too, where there is none of those, and a .bin or .pt file by name.
     The checkpoint's `revision` is the commit that a Hub model was resolved to. `offline` looks at the Hub's cache only.
     Raises InputError, with `mark` in every problem, for whatever is missing, unreachable or corrupt.
     """
     try:
-        return _open(location, revision, offline)
+        return _open(location, revision, offline, pickled)
     except InputError as error:
         raise type(error)([replace(problem, mark=problem.mark or mark) for problem in error.problems]) from error
 
@@ -45,28 +47,31 @@ class AdapterFound(InputError):
     """The location holds an adapter where a whole model is asked for."""
 
 
-def _open(location: str, revision: str | None, offline: bool) -> Checkpoint:
+def _open(location: str, revision: str | None, offline: bool, pickled: bool) -> Checkpoint:
     path = Path(os.path.abspath(os.path.expanduser(location)))
     if location and os.path.exists(path):
         if revision is not None:
             hint = f"leave out `@{revision}`, or rename the folder if the model on the Hub is meant"
             raise InputError(f"`{location}` is on this disk, where there are no revisions", hint=hint)
         if path.is_dir():
-            return _read(location, None, path, _list_folder(path, location), location)
-        if path.suffix != ".safetensors":
+            return _read(location, None, path, _list_folder(path, location, pickled), location)
+        if path.suffix != ".safetensors" and not (pickled and path.suffix in _PICKLES):
             raise InputError(f"`{location}` is not a .safetensors file", hint=_CONVERT)
-        return _read(location, None, path.parent, _Listing((path.name,)), str(Path(location).parent), linked=True)
+        listing = _Listing((path.name,), pickled=pickled)
+        return _read(location, None, path.parent, listing, str(Path(location).parent), linked=True)
     if not is_hub_id(location):
         raise InputError(f"there is no checkpoint at `{location}`", hint=_siblings(path, location) or _KINDS)
     try:
         folder, commit = fetch(location, revision, offline=offline)
+        if pickled and not any(name.endswith(".safetensors") for name in os.listdir(folder)):
+            folder, commit = fetch(location, revision, offline=offline, more=[f"{_STEM}*.bin"])
     except InputError as error:
         # `out/mine` may be a model on the Hub or a misspelt folder: name what lies beside it too.
         near = _siblings(path, location)
         if near is None:
             raise
         raise InputError([replace(p, hint=f"{p.hint}; on this disk: {near}") for p in error.problems]) from error
-    return _read(location, commit, folder, _list_folder(folder, location), str(folder))
+    return _read(location, commit, folder, _list_folder(folder, location, pickled), str(folder))
 
 
 _KINDS = "give an existing folder, a .safetensors file, or a Hub id such as `organisation/name`"
@@ -74,28 +79,27 @@ _KINDS = "give an existing folder, a .safetensors file, or a Hub id such as `org
 
 @dataclass(frozen=True, slots=True)
 class _Listing:
-    """Which files of a folder make up the checkpoint. `index` maps tensors to files; None: take every tensor."""
+    """Which files of a folder make up the checkpoint. `index` maps tensors to files; None: take every tensor. `pickled`
+    tells that they may be what `torch.save` wrote."""
 
     files: tuple[str, ...]
     index: Mapping[str, str] | None = None
     notes: tuple[Problem, ...] = field(default=())
+    pickled: bool = False
 
 
-def _list_folder(folder: Path, location: str) -> _Listing:
+def _list_folder(folder: Path, location: str, pickled: bool) -> _Listing:
     """Chooses the weight files of a folder as transformers does, and any consistent set where it would find none."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise InputError(f"cannot read the folder `{location}`: {error.strerror}") from error
     if INDEX in names:
-        listing = _read_index(folder, location)
+        listing = _read_index(folder, location, INDEX)
         if SINGLE in names and SINGLE not in listing.files:
             note = f"`{location}` holds both {SINGLE} and {INDEX}; as in transformers, {SINGLE} is read"
             return _Listing((SINGLE,), notes=(Problem(note),))
-        missing = sorted(set(listing.files) - set(names))
-        if missing:
-            raise InputError(_missing(missing, len(listing.files), location))
-        return listing
+        return _all_there(listing, names, location)
     if SINGLE in names:
         return _Listing((SINGLE,))
     files = [
@@ -109,15 +113,27 @@ def _list_folder(folder: Path, location: str) -> _Listing:
     if "adapter_config.json" in names or "adapter_model.safetensors" in names:
         hint = f"name it with its base: `{{path: BASE, adapter: {location}}}` under `models`"
         raise AdapterFound(f"`{location}` holds an adapter, not a whole model", hint=hint)
+    if pickled and f"{_STEM}.bin" in names:
+        return _Listing((f"{_STEM}.bin",), pickled=True)
+    if pickled and f"{_STEM}.bin.index.json" in names:
+        listing = _read_index(folder, location, f"{_STEM}.bin.index.json")
+        return replace(_all_there(listing, names, location), pickled=True)
     if any(name.endswith(_PICKLES) for name in names):
         raise InputError(f"`{location}` holds pickled weights and no .safetensors file", hint=_CONVERT)
     raise InputError(f"`{location}` holds no .safetensors file", hint=f"{_KINDS}; {_CONVERT}")
 
 
-def _read_index(folder: Path, location: str) -> _Listing:
+def _all_there(listing: _Listing, names: Sequence[str], location: str) -> _Listing:
+    missing = sorted(set(listing.files) - set(names))
+    if missing:
+        raise InputError(_missing(missing, len(listing.files), location))
+    return listing
+
+
+def _read_index(folder: Path, location: str, index: str) -> _Listing:
     """The files that the index names. Raises InputError where one has a name that leads out of the folder."""
-    shown = os.path.join(location, INDEX)
-    weight_map = read_object(inside(folder, INDEX), _MAX_INDEX_BYTES).get("weight_map")
+    shown = os.path.join(location, index)
+    weight_map = read_object(inside(folder, index), _MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"`{shown}` has no `weight_map` from tensor names to file names", hint="download it again")
     files = sorted(set(weight_map.values()))
@@ -159,7 +175,7 @@ def _read(
     for file in listing.files:
         try:
             path = folder / file if linked else inside(folder, file)
-            headers.append(read_header(path, os.path.join(shown, file)))
+            headers.append(_header(path, os.path.join(shown, file), listing.pickled))
         except InputError as error:
             problems += error.problems
     if problems:
@@ -180,6 +196,14 @@ def _read(
         metadata={key: value for header in reversed(headers) for key, value in header.metadata.items()},
         notes=(*listing.notes, *notes),
     )
+
+
+def _header(path: Path, shown: str, pickled: bool) -> Header:
+    if not pickled or path.suffix == ".safetensors":
+        return read_header(path, shown)
+    from mergekit_lite.checkpoint.pickled import read_pickled
+
+    return read_pickled(path, shown)
 
 
 def _collect(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,11 +31,14 @@ def is_hub_id(location: str) -> bool:
     )
 
 
-def fetch(repo: str, revision: str | None, *, offline: bool = False) -> tuple[Path, str | None]:
+def fetch(
+    repo: str, revision: str | None, *, offline: bool = False, more: Sequence[str] = ()
+) -> tuple[Path, str | None]:
     """The folder in the cache that holds the model's files, and the commit that `revision` (None: main) stands for.
 
-    Downloads what the cache lacks; with `offline`, or HF_HUB_OFFLINE set, only the cache is looked at. Raises
-    InputError where the model, the revision or the network is missing. No message holds a signed URL or a token.
+    Downloads what the cache lacks, of weights the safetensors files and those that `more` matches; with `offline`, or
+    HF_HUB_OFFLINE set, only the cache is looked at. Raises InputError where the model, the revision or the network is
+    missing. No message holds a signed URL or a token.
     """
     from huggingface_hub import constants, errors, snapshot_download
 
@@ -48,7 +51,7 @@ def fetch(repo: str, revision: str | None, *, offline: bool = False) -> tuple[Pa
             folder = snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=_WANTED,
+                allow_patterns=[*_WANTED, *more],
                 ignore_patterns=_UNWANTED,
                 local_files_only=offline,
             )

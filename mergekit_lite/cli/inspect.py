@@ -35,6 +35,7 @@ def inspect(
     ] = False,
     family: options.Family = None,
     offline: options.Offline = False,
+    allow_pickle: options.AllowPickle = False,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
@@ -49,7 +50,7 @@ def inspect(
     from mergekit_lite.report.look import look, open_location
 
     try:
-        opened = open_location(checkpoint, offline)
+        opened = open_location(checkpoint, offline, allow_pickle)
     except AdapterFound:
         if spaces or family:
             raise UsageError("an adapter has no spaces", hint="inspect the model that it was made for") from None

@@ -42,4 +42,8 @@ Family = Annotated[
         show_default=False,
     ),
 ]
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Read .bin and .pt checkpoints too, as plain data; no code in them is run."),
+]
 Offline = Annotated[bool, typer.Option("--offline", help="Use what is on this machine; never ask the Hub.")]

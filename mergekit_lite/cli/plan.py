@@ -45,6 +45,7 @@ def plan(
     ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every output tensor and how it is made.")] = False,
     offline: options.Offline = False,
+    allow_pickle: options.AllowPickle = False,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
@@ -58,7 +59,8 @@ def plan(
     from mergekit_lite.plan import explain
 
     count = threads or merge.default_threads()
-    made = merge.plan(merge.load_recipe(recipe, set_ or ()), out=out, threads=count, offline=offline)
+    read = merge.load_recipe(recipe, set_ or ())
+    made = merge.plan(read, out=out, threads=count, offline=offline, allow_pickle=allow_pickle)
     if json:
         show.json(explain.as_json(made, count))
     elif dag is Drawing.mermaid:

@@ -30,6 +30,7 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first NaN or infinity of an input.")] = False,
     offline: options.Offline = False,
+    allow_pickle: options.AllowPickle = False,
     threads: options.Threads = None,
     block: options.Block = None,
     device: options.Device = "cpu",
@@ -51,7 +52,7 @@ def run(
 
         def make() -> Plan:
             read = merge.load_recipe(recipe, set_ or ())
-            return merge.plan(read, out=out, threads=threads, block=block, offline=offline)
+            return merge.plan(read, out=out, threads=threads, block=block, offline=offline, allow_pickle=allow_pickle)
 
         made = ranks.agree(make, resume=resume, strict=strict)
         before = made.warnings

@@ -95,13 +95,14 @@ class Look:
         return made
 
 
-def open_location(text: str, offline: bool = False) -> Checkpoint:
+def open_location(text: str, offline: bool = False, pickled: bool = False) -> Checkpoint:
     """The checkpoint at a location as it stands on a command line: a folder, a file, or `org/name[@revision]`.
+    `pickled` allows for what `torch.save` wrote.
 
     Raises InputError for whatever is missing, unreachable or corrupt.
     """
     location, revision = (text, None) if os.path.exists(os.path.expanduser(text)) else split_location(text)
-    return open_checkpoint(location, revision, offline=offline)
+    return open_checkpoint(location, revision, offline=offline, pickled=pickled)
 
 
 def look(checkpoint: Checkpoint) -> Look:
