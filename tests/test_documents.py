@@ -14,12 +14,10 @@ What is done with a block depends on its language:
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -34,6 +32,7 @@ import yaml
 from mergekit_lite import load_recipe, merge, merge_in_memory, plan
 from mergekit_lite.cli.app import execute
 from mergekit_lite.methods.registry import all_methods
+from tests.conftest import Demo
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
@@ -78,49 +77,6 @@ def blocks(document: str) -> list[Block]:
     text = (ROOT / document).read_text(encoding="utf-8")
     found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
     return [Block(document, text.count("\n", 0, m.start()) + 1, m[1], m[2]) for m in found]
-
-
-@dataclass(frozen=True)
-class Demo:
-    """The demo as `make demo` leaves it in `folder`, and what that printed."""
-
-    folder: Path
-    printed: str
-
-
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """`make demo` in a copy of the project, once for all workers, with this Python in place of a new environment."""
-    here = tmp_path_factory.getbasetemp()
-    shared = (here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "demo_of_documents"
-    shared.mkdir(exist_ok=True)
-    with (shared / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (shared / "printed").exists():
-            (shared / "printed").write_text(_make_demo(shared), encoding="utf-8")
-    return Demo(shared, (shared / "printed").read_text(encoding="utf-8"))
-
-
-def _make_demo(folder: Path) -> str:
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
-        shutil.copy(ROOT / name, folder)
-    for name in ("scripts", "recipes"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    tools = folder / ".venv" / "bin"
-    tools.mkdir(parents=True)
-    for name, words in (("python", []), ("merge", ["-m", "mergekit_lite"])):
-        (tools / name).write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, *words])} "$@"\n')
-        (tools / name).chmod(0o755)
-    (folder / ".venv" / ".installed").touch()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "VENV"))}
-    environment |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "80", "NO_COLOR": "1"}
-    printed = []
-    # The statistics are what the recipes of `fisher` and `regmean` read.
-    for command in (["make", "--no-print-directory", "demo"], [sys.executable, "scripts/statistics_digits.py"]):
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        printed.append(done.stdout)
-    return printed[0]
 
 
 @pytest.fixture

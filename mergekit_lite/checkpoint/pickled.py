@@ -96,6 +96,9 @@ def _unpickle(file: IO[bytes], shown: str) -> dict[Any, Any]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    # Up to torch 2.5 the unpickler could be made to run code (CVE-2025-32434).
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise InputError(f"`{shown}` can be read with torch 2.6 or newer only", hint="install a newer torch")
     try:
         with FakeTensorMode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as that typed storages are deprecated
@@ -128,7 +131,7 @@ def _tensor(name: Any, value: Any, records: Mapping[int, int], file: str, shown:
     nbytes = value.numel() * value.element_size()
     offset = getattr(value.untyped_storage(), "_checkpoint_offset", None)
     if offset is None:
-        raise InputError(f"{named}: this torch does not tell where tensors lie", hint="install torch 2.7 or newer")
+        raise InputError(f"{named}: this torch does not tell where tensors lie", hint="install a newer torch")
     start = value.storage_offset() * value.element_size()
     if start + nbytes > records.get(offset, -1):
         raise InputError([Problem(f"{named} reaches beyond its record", None, _AGAIN)])

@@ -155,7 +155,7 @@ def start_ranks(count: int, recipe: Path, *flags: str, started: Path | None = No
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a run that is left alone."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
@@ -228,7 +228,7 @@ def kill_and_resume(
         time.sleep(delay)
         killed.send_signal(signal.SIGKILL)
         for process in processes:
-            code, _, err = finish(process)
+            code, err = _finish_as_launched(process)
             if code not in ((0, -signal.SIGKILL) if process is killed else (0, 5)):
                 raise RuntimeError(f"exit code {code}: {err}")
         started = [int(line) for log in out.parent.glob("begun.*") for line in log.read_text().splitlines()]
@@ -250,6 +250,19 @@ def kill_and_resume(
     killed_run = Killed(kills, stage, resumed, again, digests(out))
     shutil.rmtree(out)
     return killed_run
+
+
+def _finish_as_launched(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and stderr of a rank. One that was killed before the ranks had found each other is missed by nobody but
+    the launcher, which then ends the others; here the note that they wait must have come, and stands for exit code 5."""
+    try:
+        _, err = process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        if "waits for the others" in err and process.returncode == 130:
+            return 5, err
+    return process.returncode, err
 
 
 def _resume(out: Path) -> list[str]:
