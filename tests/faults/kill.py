@@ -253,8 +253,8 @@ def kill_and_resume(
 
 
 def _finish_as_launched(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and stderr of a rank. One that was killed before the ranks had found each other is missed by nobody but
-    the launcher, which then ends the others; here the note that they wait must have come, and stands for exit code 5."""
+    """Exit code and stderr of a rank. One that was killed before the ranks had found each other is missed by nobody
+    but the launcher, which then ends the others; here the note that they wait must have come, and stands for code 5."""
     try:
         _, err = process.communicate(timeout=30)
     except subprocess.TimeoutExpired:
