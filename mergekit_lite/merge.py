@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lite import sandbox
 from mergekit_lite.checkpoint.adapter import open_adapter, with_adapter
 from mergekit_lite.checkpoint.find import open_checkpoint
 from mergekit_lite.checkpoint.meta import Checkpoint
@@ -51,8 +52,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe. `overrides` are `--set` texts such as `steps.mixed.with.t=0.4`.
 
     Raises InputError where there is no such file and RecipeError with all faults at once: those of the language and
-    those of the methods' settings.
+    those of the methods' settings; within `sandbox.confined` also where the file lies outside.
     """
+    box = sandbox.current()
+    refused = None if box is None else box.refusal(path)
+    if refused is not None:
+        raise RecipeError(refused)
     recipe, problems = parse(read_file(str(path)), str(path), overrides)
     if recipe is not None:
         from mergekit_lite.methods.registry import all_methods
@@ -78,7 +83,7 @@ def plan(
     `out` replaces the output folder of the recipe's only save. `threads` (default: the cores of this process) and
     `block` (elements) change memory and speed, never a byte of the result. `check_output` False leaves out whether the
     output folders are free, for looking at a plan whose result exists. Raises RecipeError and InputError, each with all
-    faults that were found.
+    faults that were found; within `sandbox.confined` first of all those places that lie outside.
     """
     from mergekit_lite.plan.build import build_plan, no_collection, used_models
     from mergekit_lite.plan.order import BLOCK
@@ -86,8 +91,15 @@ def plan(
     if out is not None and len(recipe.saves) > 1:
         hint = "remove `--out`, or change one with `--set save.0.to=DIR`"
         raise RecipeError(Problem(f"`--out` names one folder, the recipe saves {len(recipe.saves)}", None, hint))
+    if (box := sandbox.current()) is not None:
+        from mergekit_lite.methods.registry import all_methods
+        from mergekit_lite.plan.confine import outside
+
+        problems = outside(recipe, all_methods(), Path(out) if out is not None else None, box)
+        if problems:
+            raise RecipeError(problems)
     with no_collection():
-        checkpoints = _open_all(recipe, used_models(recipe), offline)
+        checkpoints = _open_all(recipe, used_models(recipe), offline or box is not None)
         return build_plan(
             recipe,
             checkpoints,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergekit_lite.cli import bar, options, show
+from mergekit_lite.cli.confine import check_inside
 from mergekit_lite.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def inspect(
     family: options.Family = None,
     offline: options.Offline = False,
     threads: options.Threads = None,
+    sandbox: options.Sandbox = None,
     json: options.Json = False,
 ) -> None:
     """Show what a checkpoint holds: family, layers, sizes, dtypes, tied tensors.
@@ -48,6 +50,7 @@ def inspect(
     from mergekit_lite.checkpoint.find import AdapterFound
     from mergekit_lite.report.look import look, open_location
 
+    check_inside([checkpoint], family)
     try:
         opened = open_location(checkpoint, offline)
     except AdapterFound:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mergekit_lite.cli.confine import confine
+
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe in YAML.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result, and errors too, as JSON on stdout.")]
 Out = Annotated[
@@ -39,6 +41,17 @@ Family = Annotated[
         "--family",
         metavar="FILE",
         help="Take the spaces from this family file, or family of this name.",
+        show_default=False,
+    ),
+]
+Sandbox = Annotated[
+    Path | None,
+    typer.Option(
+        "--sandbox",
+        metavar="DIR",
+        callback=confine,
+        is_eager=True,
+        help="Read and write inside this folder only, and use no network.",
         show_default=False,
     ),
 ]

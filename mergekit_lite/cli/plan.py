@@ -46,6 +46,7 @@ def plan(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every output tensor and how it is made.")] = False,
     offline: options.Offline = False,
     threads: options.Threads = None,
+    sandbox: options.Sandbox = None,
     json: options.Json = False,
 ) -> None:
     """Show what a run would do: steps, bytes, memory, time, files.

@@ -33,6 +33,7 @@ def run(
     threads: options.Threads = None,
     block: options.Block = None,
     device: options.Device = "cpu",
+    sandbox: options.Sandbox = None,
     json: options.Json = False,
 ) -> None:
     """Merge checkpoints as a recipe says.
