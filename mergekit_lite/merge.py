@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 class Result:
     """What a run did. `shards` gives the BLAKE3 digest of every shard by output folder and file name; `nonfinite` and
     `overflow` count numbers by tensor; `changed` names the shards whose bytes differ from the recipe's lock;
-    `alignments` gives figures of the orders of units that were found, by step."""
+    `alignments` gives figures of the orders of units that were found, by step; `notes` tell what of the inputs'
+    configurations the outputs lack."""
 
     outputs: tuple[str, ...]
     shards: Mapping[str, Mapping[str, str]]
@@ -46,6 +47,7 @@ class Result:
     overflow: Mapping[str, int]
     changed: tuple[str, ...] = ()
     alignments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    notes: tuple[Problem, ...] = ()
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -144,11 +146,13 @@ def run(
     resume: bool = False,
     strict: bool = False,
     device: str = "cpu",
+    keep_auto_map: bool = False,
     progress: Callable[[Progress], None] = lambda progress: None,
     ranks: Ranks | None = None,
 ) -> Result:
     """Carry out `plan`: write every output folder whole, or leave what is finished in `OUT.partial` for `resume`.
 
+    `keep_auto_map` leaves entries that have transformers import an input's code in the outputs' configurations.
     `strict` stops at the first non-finite number of an input. `device` is where kernels run: `cpu`, `cuda`, `cuda:1`,
     or with `auto` the first GPU if there is one. `ranks` are the processes that share the merge, each of which calls
     this with the plan that they agreed on (`Ranks.agree`); rank 0 gives the result of all, the others that of their
@@ -161,7 +165,7 @@ def run(
     from mergekit_lite.plan.order import BLOCK
     from mergekit_lite.run.digest import Digests, file_digests
     from mergekit_lite.run.execute import Findings, Options, execute
-    from mergekit_lite.run.finish import collect, complete, input_files, shard_digests, wanted_parts
+    from mergekit_lite.run.finish import collect, complete, input_files, notes_on, shard_digests, wanted_parts
     from mergekit_lite.run.found import recall, remember
     from mergekit_lite.run.peers import LAST, Peers
     from mergekit_lite.run.ranks import ALONE, divide
@@ -179,6 +183,7 @@ def run(
     # Digests that need not be formed beside the merge. What a lock says is held against the bytes themselves.
     known = dict(remembered.known) if plan.recipe.lock is None else {}
 
+    notes: list[Problem] = []
     orders: dict[str, Any] = {}  # of units, as earlier runs have found them
 
     def check() -> None:
@@ -189,6 +194,7 @@ def run(
         reader.check()
         if ranks.number:
             return
+        notes.extend(notes_on(plan, keep_auto_map))
         if plan.recipe.lock is not None:
             known.update(file_digests(files, count))
             problems = changed_inputs(plan.recipe, plan, known)
@@ -231,7 +237,7 @@ def run(
             inputs, shards = collect(plan, shares, peers.exchange(LAST, digested))
             findings = Findings.sum(merged)
             journal.absorb()
-            complete(plan, lock_text(plan, inputs, shards), solved)
+            complete(plan, lock_text(plan, inputs, shards), solved, keep_auto_map)
     return Result(
         outputs=tuple(output.to for output in plan.outputs),
         shards=shards,
@@ -243,6 +249,7 @@ def run(
         overflow=findings.overflow,
         changed=tuple(changed_outputs(plan.recipe, shards)),
         alignments={name: found.figures for name, found in solved.items()},
+        notes=tuple(notes),
     )
 
 
