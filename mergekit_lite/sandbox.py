@@ -28,7 +28,7 @@ from mergekit_lite.errors import InputError, MergeError, Problem, StoppedError, 
 
 # Files of the system that Python's library and torch read: the machine's memory, cores, time zone, libraries.
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/sbin", "/sys", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat",
-           "/proc/version", "/proc/filesystems", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom",
+           "/proc/version", "/proc/filesystems", "/proc/sys/kernel", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom",
            "/etc/localtime", "/etc/ld.so.cache", "/etc/os-release", "/etc/mime.types", "/etc/nsswitch.conf",
            "/System/Library", "/opt/homebrew")  # fmt: skip
 _OWN_PROCESS = ("maps", "smaps", "status", "stat", "statm", "cgroup", "mountinfo", "cmdline")

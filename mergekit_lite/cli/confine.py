@@ -22,9 +22,9 @@ def confine(folder: Path | None) -> Path | None:
     return folder
 
 
-def check_inside(locations: Iterable[str], family: str | None = None) -> None:
+def check_inside(locations: Iterable[str] = (), family: str | None = None, file: Path | None = None) -> None:
     """Raises UsageError with all of what a command line names outside of the sandbox, if there is one: checkpoints,
-    which may be on the Hub, and the `--family`."""
+    which may be on the Hub, the `--family`, a file to write."""
     box = sandbox.current()
     if box is None:
         return
@@ -35,6 +35,8 @@ def check_inside(locations: Iterable[str], family: str | None = None) -> None:
     found = [box.refusal(text, hub=is_hub_id(split_location(text)[0])) for text in locations]
     if family is not None and family not in {known.name for known in families().values()}:
         found.append(box.refusal(family))
+    if file is not None:
+        found.append(box.refusal(file))
     problems = [problem for problem in found if problem is not None]
     if problems:
         raise UsageError(problems)
