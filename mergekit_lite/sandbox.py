@@ -27,11 +27,17 @@ from typing import Any
 from mergekit_lite.errors import InputError, MergeError, Problem, StoppedError, UsageError
 
 # Files of the system that Python's library and torch read: the machine's memory, cores, time zone, libraries.
-_SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/sbin", "/sys", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat",
-           "/proc/version", "/proc/filesystems", "/proc/sys/kernel", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom",
-           "/etc/localtime", "/etc/ld.so.cache", "/etc/os-release", "/etc/mime.types", "/etc/nsswitch.conf",
-           "/System/Library", "/opt/homebrew")  # fmt: skip
+_SYSTEM = (
+    *("/usr", "/lib", "/lib64", "/bin", "/sbin", "/sys", "/System/Library", "/opt/homebrew"),
+    *("/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/version", "/proc/filesystems", "/proc/sys/kernel"),
+    *("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"),
+    *("/etc/localtime", "/etc/ld.so.cache", "/etc/os-release", "/etc/mime.types", "/etc/nsswitch.conf"),
+)
 _OWN_PROCESS = ("maps", "smaps", "status", "stat", "statm", "cgroup", "mountinfo", "cmdline")
+_SOCKETS = ("connect", "bind", "sendto", "sendmsg", "getaddrinfo", "gethostbyname", "gethostbyaddr", "getnameinfo",
+            "sethostname")  # fmt: skip
+_PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty",
+             "os.kill", "os.killpg", "os.startfile", "pty.spawn")  # fmt: skip
 _WRITABLE = ("/dev/null",)
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -234,7 +240,7 @@ def _network(box: Sandbox, event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _process(box: Sandbox, event: str, arguments: tuple[Any, ...]) -> None:
-    _refuse(f"starting another program ({event})", box)
+    _refuse(f"starting or stopping another program ({event})", box)
 
 
 _RULES: dict[str, Callable[[Sandbox, str, tuple[Any, ...]], None]] = {
@@ -245,13 +251,8 @@ _RULES: dict[str, Callable[[Sandbox, str, tuple[Any, ...]], None]] = {
     **dict.fromkeys(
         ("os.truncate", "os.chmod", "os.chown", "os.chflags", "os.utime", "os.setxattr", "os.removexattr"), _change
     ),
+    "sqlite3.connect": _change,
     "ctypes.dlopen": _library,
-    **dict.fromkeys(
-        ("socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo",
-         "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo", "socket.sethostname"), _network
-    ),
-    **dict.fromkeys(
-        ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty",
-         "pty.spawn", "os.startfile"), _process
-    ),
-}  # fmt: skip
+    **dict.fromkeys((f"socket.{name}" for name in _SOCKETS), _network),
+    **dict.fromkeys(_PROGRAMS, _process),
+}

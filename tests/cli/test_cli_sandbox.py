@@ -317,7 +317,7 @@ def test_wrong_use(box: Path, merge: Callable[..., Ran], monkeypatch: pytest.Mon
 
 
 ATTACKS = """
-import ctypes, os, shutil, socket, subprocess, sys
+import ctypes, os, shutil, socket, sqlite3, subprocess, sys
 from mergekit_lite import MergeError, sandbox
 box, away, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
 f = lambda name: os.path.join(away, name)
@@ -341,6 +341,8 @@ attacks = {
     "fork": lambda: os.fork(),
     "exec": lambda: os.execv("/bin/true", ["true"]),
     "posix_spawn": lambda: os.posix_spawn("/bin/true", ["true"], {}),
+    "kill": lambda: os.kill(os.getppid(), 0),
+    "database": lambda: sqlite3.connect(f("new")),
     "library": lambda: ctypes.CDLL(g("lib.so")),
     "library outside": lambda: ctypes.CDLL(f("lib.so")),
     "read": lambda: open(f("file")),
