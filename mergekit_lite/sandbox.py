@@ -6,9 +6,9 @@ plan/confine.py and the commands). The second is Python's: an audit hook that se
 connects to or starts, and raises where that leaves DIR. It is there for what the first one forgot, and for a link that
 is exchanged after the first has looked.
 
-Reading is also allowed where Python and its packages lie, and of a few files of the system; writing to /dev/null. What
-no audit hook sees: `stat`, and what native code does by itself. A hard link inside DIR is a file inside DIR. Against
-native code that has been taken over, use a container as well.
+Reading is also allowed where Python and its packages lie, of code on Python's path, and of a few files of the system;
+writing to /dev/null. What no audit hook sees: `stat`, and what native code does by itself. A hard link inside DIR is a
+file inside DIR. Against native code that has been taken over, use a container as well.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def enter(folder: str | Path) -> Sandbox:
     The audit hook cannot be taken out again; after `leave` it allows everything. Raises UsageError where there is no
     such folder, it is the root of the file system, or a sandbox is at work already.
     """
-    global _current, _readable, _before
+    global _current, _readable, _imported, _before
     root = os.path.realpath(os.path.expanduser(os.fspath(folder)))
     if not os.path.isdir(root):
         raise UsageError(f"there is no folder `{folder}` for the sandbox", hint="make it, and put the inputs into it")
@@ -100,6 +100,7 @@ def enter(folder: str | Path) -> Sandbox:
     _readable = _of_python()
     # A module that a stranger has put beside the recipe is not to be imported.
     sys.path[:] = [entry for entry in sys.path if not _within(os.path.realpath(entry), root) or _is_pythons(entry)]
+    _imported = tuple(os.path.realpath(entry) for entry in sys.path)
     sys.dont_write_bytecode = True
     tempfile.tempdir = root
     _install()
@@ -119,6 +120,7 @@ _current: Sandbox | None = None
 _before: tuple[bool, list[str], str | None] = (False, [], None)
 _installed = False
 _readable: tuple[str, ...] = ()
+_imported: tuple[str, ...] = ()
 
 
 def _of_python() -> tuple[str, ...]:
@@ -172,10 +174,18 @@ def _read(box: Sandbox, path: Any) -> None:
     real = os.path.realpath(os.fsdecode(path))
     if _within(real, box.root) or any(_within(real, home) for home in (*_readable, *_SYSTEM)):
         return
+    if _is_code(real):
+        return
     own = f"/proc/{os.getpid()}/"
     if real.startswith(own) and real[len(own) :].partition("/")[0] in _OWN_PROCESS:
         return
     _refuse(f"reading `{real}`", box, InputError)
+
+
+def _is_code(real: str) -> bool:
+    """Whether it is code, or a note of an installer's, where Python looks for such: a method of the user's own."""
+    code = real.endswith((".py", ".pyc", ".so", ".pyd")) or ".dist-info/" in real or ".egg-info/" in real
+    return code and any(_within(real, home) for home in _imported)
 
 
 def _write(box: Sandbox, path: Any) -> None:
@@ -186,9 +196,11 @@ def _write(box: Sandbox, path: Any) -> None:
 
 def _list(box: Sandbox, event: str, arguments: tuple[Any, ...]) -> None:
     path = arguments[0]
-    # Python lists the folders that it imports from.
-    if path is not None and not isinstance(path, int) and os.fsdecode(path) in sys.path:
-        return
+    # Python lists the folders that it imports from, and the packages in them.
+    if path is not None and not isinstance(path, int):
+        real = os.path.realpath(os.fsdecode(path))
+        if any(_within(real, home) for home in _imported):
+            return
     _read(box, "." if path is None else path)
 
 

@@ -19,6 +19,7 @@ import pytest
 from cli_process import Ran, environ
 
 from mergekit_lite import StoppedError, sandbox
+from mergekit_lite.methods.registry import GROUP
 
 ADAPTER = '{"peft_type": "LORA", "lora_alpha": 1, "r": 1}'
 STEP = "steps: {m: {use: linear, of: {base: {weight: 1}, math: {weight: 1}}}}\n"
@@ -49,6 +50,8 @@ def box(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (away / "secret.yaml").write_text((home / "ties.yaml").read_text())
     (away / "order.safetensors").write_bytes((home / "base" / "model.safetensors").read_bytes())
     (home / "link").symlink_to(away)
+    (home / "far" / "down").mkdir(parents=True)
+    (home / "deep").symlink_to(home / "far" / "down")  # the system and a text disagree on `deep/../..`
     (home / "linked.safetensors").symlink_to(away / "base" / "model.safetensors")
     (home / "linked.yaml").symlink_to(away / "secret.yaml")
     monkeypatch.chdir(home)
@@ -71,6 +74,7 @@ ESCAPES = [
     *((MODEL, place, 3) for place in (
         "../outside/base", "{away}/base", "./link/base", "./math/../../outside/base", "~/base", "~root/base",
         "./linked.safetensors", "/etc", "org/name", "org/name@main", "./missing/../../outside/none", "link/../math",
+        "./deep/../../outside/base",
         "{{path: ./base, adapter: ../outside/lora}}", "{{path: ./base, adapter: ./link/lora}}",
         "{{path: ./base, adapter: org/lora}}", "{{path: ~/base, adapter: ./link}}",
     )),
@@ -295,11 +299,14 @@ def test_nothing_reaches_the_network(
 
 
 def test_a_module_beside_the_recipe_is_not_imported(box: Path, process: Callable[..., Ran]) -> None:
-    """`python -m` looks for modules in the working directory first."""
+    """`python -m` looks for modules, and for packages that add methods, in the working directory first."""
     config = json.loads((box / "base" / "config.json").read_text())
     (box / "base" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "x.X"}}))
     for name in ("transformers", "torch", "huggingface_hub"):
         (box / f"{name}.py").write_text(f"open('{box}/sung', 'w').close()")
+    (box / "tune.py").write_text((box / "torch.py").read_text())
+    (box / "tune-1.dist-info").mkdir()
+    (box / "tune-1.dist-info" / "entry_points.txt").write_text(f"[{GROUP}]\ntune = tune\n")
     ran = process("run", "ties.yaml", "--sandbox", ".")
     assert ran.code == 0, ran.err
     assert not (box / "sung").exists()

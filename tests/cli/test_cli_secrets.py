@@ -254,6 +254,18 @@ def test_a_change_with_a_secret_is_refused(folder: Path, merge: Callable[..., Ra
     assert not (folder / "out").exists()
 
 
+def test_a_command_line_with_a_secret_is_not_repeated(folder: Path, merge: Callable[..., Ran]) -> None:
+    address = f"https://user:{SECRETS['mirror']}@hub.example/org/name"
+    for words in (["inspect", address], ["diff", "base", address], ["run", address], ["inspect", SECRETS["token"]]):
+        for more in ([], ["--json"]):
+            ran = merge(*words, *more)
+            assert ran.code == 4 and redact.HIDDEN in ran.err
+            check(ran.out, ran.err)
+    ran = merge("doctor", address)
+    assert ran.code == 1 and redact.HIDDEN in ran.out
+    check(ran.out, ran.err)
+
+
 @pytest.mark.parametrize(
     "text",
     [
