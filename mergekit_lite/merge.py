@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lite import sandbox
 from mergekit_lite.checkpoint.adapter import open_adapter, with_adapter
 from mergekit_lite.checkpoint.find import open_checkpoint
 from mergekit_lite.checkpoint.meta import Checkpoint
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 class Result:
     """What a run did. `shards` gives the BLAKE3 digest of every shard by output folder and file name; `nonfinite` and
     `overflow` count numbers by tensor; `changed` names the shards whose bytes differ from the recipe's lock;
-    `alignments` gives figures of the orders of units that were found, by step."""
+    `alignments` gives figures of the orders of units that were found, by step; `notes` tell what of the inputs'
+    configurations the outputs lack."""
 
     outputs: tuple[str, ...]
     shards: Mapping[str, Mapping[str, str]]
@@ -45,14 +47,19 @@ class Result:
     overflow: Mapping[str, int]
     changed: tuple[str, ...] = ()
     alignments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    notes: tuple[Problem, ...] = ()
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe. `overrides` are `--set` texts such as `steps.mixed.with.t=0.4`.
 
     Raises InputError where there is no such file and RecipeError with all faults at once: those of the language and
-    those of the methods' settings.
+    those of the methods' settings; within `sandbox.confined` also where the file lies outside.
     """
+    box = sandbox.current()
+    refused = None if box is None else box.refusal(path)
+    if refused is not None:
+        raise RecipeError(refused)
     recipe, problems = parse(read_file(str(path)), str(path), overrides)
     if recipe is not None:
         from mergekit_lite.methods.registry import all_methods
@@ -79,7 +86,8 @@ def plan(
     `out` replaces the output folder of the recipe's only save. `threads` (default: the cores of this process) and
     `block` (elements) change memory and speed, never a byte of the result. `allow_pickle` reads checkpoints of
     `torch.save` too, as plain data, never as code. `check_output` False leaves out whether the output folders are free,
-    for looking at a plan whose result exists. Raises RecipeError and InputError, each with all faults that were found.
+    for looking at a plan whose result exists. Raises RecipeError and InputError, each with all faults that were found;
+    within `sandbox.confined` first of all those places that lie outside.
     """
     from mergekit_lite.plan.build import build_plan, no_collection, used_models
     from mergekit_lite.plan.order import BLOCK
@@ -87,8 +95,15 @@ def plan(
     if out is not None and len(recipe.saves) > 1:
         hint = "remove `--out`, or change one with `--set save.0.to=DIR`"
         raise RecipeError(Problem(f"`--out` names one folder, the recipe saves {len(recipe.saves)}", None, hint))
+    if (box := sandbox.current()) is not None:
+        from mergekit_lite.methods.registry import all_methods
+        from mergekit_lite.plan.confine import outside
+
+        problems = outside(recipe, all_methods(), Path(out) if out is not None else None, box)
+        if problems:
+            raise RecipeError(problems)
     with no_collection():
-        checkpoints = _open_all(recipe, used_models(recipe), offline, allow_pickle)
+        checkpoints = _open_all(recipe, used_models(recipe), offline or box is not None, allow_pickle)
         return build_plan(
             recipe,
             checkpoints,
@@ -133,11 +148,13 @@ def run(
     resume: bool = False,
     strict: bool = False,
     device: str = "cpu",
+    keep_auto_map: bool = False,
     progress: Callable[[Progress], None] = lambda progress: None,
     ranks: Ranks | None = None,
 ) -> Result:
     """Carry out `plan`: write every output folder whole, or leave what is finished in `OUT.partial` for `resume`.
 
+    `keep_auto_map` leaves entries that have transformers import an input's code in the outputs' configurations.
     `strict` stops at the first non-finite number of an input. `device` is where kernels run: `cpu`, `cuda`, `cuda:1`,
     or with `auto` the first GPU if there is one. `ranks` are the processes that share the merge, each of which calls
     this with the plan that they agreed on (`Ranks.agree`); rank 0 gives the result of all, the others that of their
@@ -150,7 +167,7 @@ def run(
     from mergekit_lite.plan.order import BLOCK
     from mergekit_lite.run.digest import Digests, file_digests
     from mergekit_lite.run.execute import Findings, Options, execute
-    from mergekit_lite.run.finish import collect, complete, input_files, shard_digests, wanted_parts
+    from mergekit_lite.run.finish import collect, complete, input_files, notes_on, shard_digests, wanted_parts
     from mergekit_lite.run.found import recall, remember
     from mergekit_lite.run.peers import LAST, Peers
     from mergekit_lite.run.ranks import ALONE, divide
@@ -168,6 +185,7 @@ def run(
     # Digests that need not be formed beside the merge. What a lock says is held against the bytes themselves.
     known = dict(remembered.known) if plan.recipe.lock is None else {}
 
+    notes: list[Problem] = []
     orders: dict[str, Any] = {}  # of units, as earlier runs have found them
 
     def check() -> None:
@@ -178,6 +196,7 @@ def run(
         reader.check()
         if ranks.number:
             return
+        notes.extend(notes_on(plan, keep_auto_map))
         if plan.recipe.lock is not None:
             known.update(file_digests(files, count))
             problems = changed_inputs(plan.recipe, plan, known)
@@ -220,7 +239,7 @@ def run(
             inputs, shards = collect(plan, shares, peers.exchange(LAST, digested))
             findings = Findings.sum(merged)
             journal.absorb()
-            complete(plan, lock_text(plan, inputs, shards), solved)
+            complete(plan, lock_text(plan, inputs, shards), solved, keep_auto_map)
     return Result(
         outputs=tuple(output.to for output in plan.outputs),
         shards=shards,
@@ -232,6 +251,7 @@ def run(
         overflow=findings.overflow,
         changed=tuple(changed_outputs(plan.recipe, shards)),
         alignments={name: found.figures for name, found in solved.items()},
+        notes=tuple(notes),
     )
 
 

@@ -21,7 +21,8 @@ ORDER = [
     {"plan"},
     {"align"},
     {"recipe", "methods", "family", "checkpoint"},
-    {"errors", "lazy"},
+    {"sandbox"},
+    {"errors", "lazy", "redact"},
 ]
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 CUDA_HOME, ACCELERATE_HOME = "run/device.py", "run/ranks.py"

@@ -8,12 +8,14 @@ import os
 import shutil
 import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_lite.checkpoint.clean import cleaned, notes_of, read_config
 from mergekit_lite.checkpoint.inside import inside
 from mergekit_lite.checkpoint.meta import DTYPE_CODES, DTYPE_NAMES, Checkpoint
-from mergekit_lite.errors import InputError, StoppedError
+from mergekit_lite.errors import InputError, Problem, StoppedError
 
 # What transformers and the tokenizers write and read. Weights and code (*.py) are not among them.
 _WANTED = (
@@ -58,30 +60,67 @@ def _with_dtype(config: Mapping[str, Any], name: str, depth: int) -> tuple[dict[
     return made, found
 
 
-def copy_extras(donor: Checkpoint, to: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Writes `config` as config.json into the folder `to`, and copies the donor's tokenizer and similar files there.
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """The files to put beside the weights, by name: where each is copied from, or what it is to hold. `notes` tell what
+    of the donor's configurations is left out."""
 
-    Returns the names of the files, sorted, relative to `to`; without config.json where `config` is empty. Each file is
-    on the disk when this returns. Raises InputError for a file of the donor that cannot be read or is a link out of its
-    folder, before anything is written, and StoppedError where writing fails.
+    files: Mapping[str, Path | bytes]
+    notes: tuple[Problem, ...]
+
+    def write(self, to: Path) -> tuple[str, ...]:
+        """Puts the files into the folder `to`, each on the disk when this returns; gives their names, sorted. Raises
+        StoppedError where writing fails."""
+        try:
+            for name, content in self.files.items():
+                if "/" in name:
+                    (to / name).parent.mkdir(exist_ok=True)
+                _put(content, to / name)
+        except OSError as error:
+            hint = "make room on the disk or check it, then go on with `--resume`"
+            raise StoppedError(f"cannot write into `{to}`: {error.strerror}", hint=hint) from error
+        return tuple(sorted(self.files))
+
+
+def find_extras(donor: Checkpoint, config: Mapping[str, Any], keep_auto_map: bool = False) -> Extras:
+    """`config` as config.json, unless it is empty, and the donor's tokenizer and similar files.
+
+    Entries that name code (`auto_map`), unless `keep_auto_map`, and entries that hold a token or a password are left
+    out of every configuration. A file with none of these is copied byte for byte. Raises InputError for a file of the
+    donor that cannot be read, is a link out of its folder, or is a configuration that is no JSON object.
     """
+    files: dict[str, Path | bytes] = {}
+    coded: list[str] = []
+    hidden: list[str] = []
+
+    def clean(name: str, data: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+        made, code, secrets = cleaned(data, keep_auto_map)
+        coded.extend(f"{name}: {key}" for key in code)
+        hidden.extend(f"{name}: {key}" for key in secrets)
+        return made, bool(code or secrets)
+
+    if config:
+        files["config.json"] = _json(clean("config.json", config)[0])
     sources = {} if donor.folder is None else {name: inside(donor.folder, name) for name in _names(donor.folder)}
     for name, path in sources.items():
         if not stat.S_ISREG(_mode(path)):
             raise InputError(f"`{path}` is not a regular file", hint=f"remove it, or put the donor's {name} there")
-    try:
-        if config:
-            text = json.dumps(config, indent=2) + "\n"
-            with open(to / "config.json", "wb") as file:
-                file.write(text.encode("utf-8"))
-                file.flush()
-                os.fsync(file.fileno())
-        for name, path in sources.items():
-            _copy(path, to / name)
-    except OSError as error:
-        hint = "make room on the disk or check it, then go on with `--resume`"
-        raise StoppedError(f"cannot write into `{to}`: {error.strerror}", hint=hint) from error
-    return tuple(sorted([*sources, *(["config.json"] if config else [])]))
+        files[name] = path
+        if name.endswith("_config.json") and (data := read_config(path)) is not None:
+            made, changed = clean(name, data)
+            if changed:
+                files[name] = _json(made)
+    return Extras(files, tuple(notes_of(donor.location, config.get("model_type"), coded, hidden)))
+
+
+def copy_extras(donor: Checkpoint, to: Path, config: Mapping[str, Any], keep_auto_map: bool = False) -> tuple[str, ...]:
+    """Finds the files of `find_extras` and writes them into the folder `to`; gives their names, sorted. Raises what the
+    two raise; where an InputError is raised, nothing has been written."""
+    return find_extras(donor, config, keep_auto_map).write(to)
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()
 
 
 def _names(folder: Path) -> list[str]:
@@ -103,13 +142,18 @@ def _mode(path: Path) -> int:
         raise InputError(f"cannot read `{path}`: {error.strerror}", hint="download the file again") from error
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copies the content, not the link, nor the source's permissions."""
-    target.parent.mkdir(exist_ok=True)
+def _put(content: Path | bytes, target: Path) -> None:
+    """Writes the bytes, or copies a file's content, not the link, nor the file's permissions."""
+    if isinstance(content, bytes):
+        with open(target, "wb") as write:
+            write.write(content)
+            write.flush()
+            os.fsync(write.fileno())
+        return
     try:
-        fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(content, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise InputError(f"cannot read `{source}`: {error.strerror}", hint="download the file again") from error
+        raise InputError(f"cannot read `{content}`: {error.strerror}", hint="download the file again") from error
     with open(fd, "rb") as read, open(target, "wb") as write:
         shutil.copyfileobj(read, write, 2**20)
         write.flush()

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mergekit_lite import redact, sandbox
 from mergekit_lite.errors import InputError
 
 # The library matches these with fnmatch, whose `*` crosses folders: what lies in subfolders (exports to other runtimes,
@@ -40,8 +41,13 @@ def fetch(
     HF_HUB_OFFLINE set, only the cache is looked at. Raises InputError where the model, the revision or the network is
     missing. No message holds a signed URL or a token.
     """
-    from huggingface_hub import constants, errors, snapshot_download
+    if sandbox.current() is not None:
+        raise InputError(
+            f"`{repo}` is on the Hub, and a sandbox has no network", hint="download it first, into a folder"
+        )
+    from huggingface_hub import constants, errors, get_token, snapshot_download
 
+    redact.learn(get_token())
     offline = offline or bool(constants.HF_HUB_OFFLINE)
     named = f"`{repo}`" if revision is None else f"`{repo}` at revision `{revision}`"
     again = f"`hf download {repo}`" if revision is None else f"`hf download {repo} --revision {revision}`"

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from mergekit_lite import redact, sandbox
 from mergekit_lite.cli import show
 from mergekit_lite.cli.convert import convert
 from mergekit_lite.cli.diff import diff
@@ -89,12 +90,14 @@ def main() -> None:
     # A terminal that cannot show a character gets its number instead of a crash.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stderr = redact.stream(sys.stderr)  # what libraries and threads of Python's say goes there by itself
     choose_sorts()
     sys.exit(execute(sys.argv[1:]))
 
 
 def execute(arguments: Sequence[str]) -> int:
     """Run one command and give its exit code. Errors go to stderr, with `--json` also to stdout."""
+    redact.refresh()
     as_json = "--json" in arguments[: arguments.index("--")] if "--" in arguments else "--json" in arguments
     try:
         try:
@@ -122,6 +125,8 @@ def _invoke(arguments: list[str]) -> int:
             command.invoke(context)
     except typer.Exit as leave:
         return leave.exit_code
+    finally:
+        sandbox.leave()
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mergekit_lite.cli import options, show
+from mergekit_lite.cli.confine import check_inside
 from mergekit_lite.errors import UsageError
 
 
@@ -24,6 +25,7 @@ def convert(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema of recipes, for an editor; needs no recipe.")
     ] = False,
+    sandbox: options.Sandbox = None,
     json: options.Json = False,
 ) -> None:
     """Print a recipe in tidy form, checked and with --set applied.
@@ -49,6 +51,7 @@ def convert(
 
 def _give(result: object, out: Path | None) -> None:
     """Text or data for JSON to stdout, or to a file that does not exist yet."""
+    check_inside(file=out)
     if out is None:
         if isinstance(result, str):
             show.text(result)

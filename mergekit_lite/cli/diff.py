@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_lite.cli import bar, options, show
+from mergekit_lite.cli.confine import check_inside
 
 if TYPE_CHECKING:
     from mergekit_lite.checkpoint.meta import Checkpoint
@@ -56,6 +57,7 @@ def diff(
     ] = False,
     offline: options.Offline = False,
     threads: options.Threads = None,
+    sandbox: options.Sandbox = None,
     json: options.Json = False,
 ) -> None:
     """Compare two checkpoints, tensor by tensor. Leaves with 0 where they are equal, with 1 where not.
@@ -69,6 +71,7 @@ def diff(
     from mergekit_lite.report.diff import diff as compare
     from mergekit_lite.report.look import open_location
 
+    check_inside([a, b])
     left, right = open_location(a, offline), open_location(b, offline)
     with bar.reading("compare", sum(meta.nbytes for meta in left.tensors.values())) as advance:
         found = compare(left, right, tolerance=tolerance, threads=threads or merge.default_threads(), advance=advance)

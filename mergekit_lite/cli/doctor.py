@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergekit_lite.cli import bar, options, show
+from mergekit_lite.cli.confine import check_inside
 from mergekit_lite.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def doctor(
     family: options.Family = None,
     offline: options.Offline = False,
     threads: options.Threads = None,
+    sandbox: options.Sandbox = None,
     json: options.Json = False,
 ) -> None:
     """Check this machine or, where named, checkpoints. Leaves with 1 where a check fails.
@@ -42,6 +44,7 @@ def doctor(
 
     if (spaces or family) and not checkpoints:
         raise UsageError("a proof of spaces needs a checkpoint", hint="merge doctor --family FILE CHECKPOINT")
+    check_inside(checkpoints or (), family)
     count = threads or merge.default_threads()
     found: dict[str, list[Check]] = {}
     if not checkpoints:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergekit_lite.cli import bar, options, show
+from mergekit_lite.cli.confine import check_inside
 from mergekit_lite.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def inspect(
     offline: options.Offline = False,
     allow_pickle: options.AllowPickle = False,
     threads: options.Threads = None,
+    sandbox: options.Sandbox = None,
     json: options.Json = False,
 ) -> None:
     """Show what a checkpoint holds: family, layers, sizes, dtypes, tied tensors.
@@ -49,6 +51,7 @@ def inspect(
     from mergekit_lite.checkpoint.find import AdapterFound
     from mergekit_lite.report.look import look, open_location
 
+    check_inside([checkpoint], family)
     try:
         opened = open_location(checkpoint, offline, allow_pickle)
     except AdapterFound:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mergekit_lite.cli.confine import confine
+
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe in YAML.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result, and errors too, as JSON on stdout.")]
 Out = Annotated[
@@ -45,5 +47,16 @@ Family = Annotated[
 AllowPickle = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Read .bin and .pt checkpoints too, as plain data; no code in them is run."),
+]
+Sandbox = Annotated[
+    Path | None,
+    typer.Option(
+        "--sandbox",
+        metavar="DIR",
+        callback=confine,
+        is_eager=True,
+        help="Read and write inside this folder only, and use no network.",
+        show_default=False,
+    ),
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Use what is on this machine; never ask the Hub.")]

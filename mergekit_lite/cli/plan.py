@@ -47,6 +47,7 @@ def plan(
     offline: options.Offline = False,
     allow_pickle: options.AllowPickle = False,
     threads: options.Threads = None,
+    sandbox: options.Sandbox = None,
     json: options.Json = False,
 ) -> None:
     """Show what a run would do: steps, bytes, memory, time, files.

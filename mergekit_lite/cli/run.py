@@ -34,6 +34,11 @@ def run(
     threads: options.Threads = None,
     block: options.Block = None,
     device: options.Device = "cpu",
+    keep_auto_map: Annotated[
+        bool,
+        typer.Option("--keep-auto-map", help="Keep the entries of configurations that name code of an input."),
+    ] = False,
+    sandbox: options.Sandbox = None,
     json: options.Json = False,
 ) -> None:
     """Merge checkpoints as a recipe says.
@@ -66,6 +71,7 @@ def run(
                 resume=resume,
                 strict=strict,
                 device=device,
+                keep_auto_map=keep_auto_map,
                 progress=progress,
                 ranks=ranks,
             )
@@ -93,7 +99,7 @@ def run(
 
 def findings(result: Result) -> list[Problem]:
     """What a finished run has to tell: non-finite numbers, numbers out of range, bytes that a lock does not expect."""
-    found: list[Problem] = []
+    found: list[Problem] = [*result.notes]
     if result.nonfinite:
         hint = "`--strict` stops there instead"
         message = f"the inputs hold {show.count(sum(result.nonfinite.values()), 'NaN or infinite number')}"

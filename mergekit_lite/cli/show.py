@@ -4,7 +4,8 @@
     note, problems, warnings  talk, to stderr
     size, count, ...          numbers for people, from plan/words.py
 
-Text from strangers' files is safe here: control characters are escaped and nothing is read as rich markup.
+Text from strangers' files is safe here: control characters are escaped, nothing is read as rich markup, and secrets are
+taken out.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mergekit_lite.plan.words import count as count
 from mergekit_lite.plan.words import seconds as seconds
 from mergekit_lite.plan.words import shape as shape
 from mergekit_lite.plan.words import size as size
+from mergekit_lite.redact import redact
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -79,7 +81,7 @@ def problems(found: Iterable[Problem], kind: str = "error") -> None:
     for place, problem in enumerate(found):
         if place:
             _line(out, "", "")
-        for text in problem.render(kind).splitlines():
+        for text in redact(problem.render(kind)).splitlines():
             _coloured(out, text, kind)
 
 
@@ -98,14 +100,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence
         last = place == len(columns) - 1
         made.add_column(Text(name), justify="right" if name in right else "left", no_wrap=not last, overflow="fold")
     for row in rows:
-        made.add_row(*(Text(printable(cell)) for cell in row))
+        made.add_row(*(Text(printable(redact(cell))) for cell in row))
     _print(console(), made)
 
 
 def _line(out: Console, text: str, style: str) -> None:
     from rich.text import Text
 
-    out.print(Text(printable(text), style=style), soft_wrap=True)
+    out.print(Text(printable(redact(text)), style=style), soft_wrap=True)
 
 
 def _coloured(out: Console, text: str, kind: str) -> None:
@@ -142,7 +144,7 @@ def _plain(data: Any) -> Any:
     if isinstance(data, float):
         return data if math.isfinite(data) else None
     if isinstance(data, Mapping):
-        return {str(key): _plain(value) for key, value in data.items()}
+        return {redact(str(key)): _plain(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
         return [_plain(value) for value in data]
-    return data if data is None or isinstance(data, str | int | bool) else str(data)
+    return data if data is None or isinstance(data, int | bool) else redact(str(data))

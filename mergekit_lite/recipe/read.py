@@ -25,6 +25,7 @@ from mergekit_lite.recipe.node import MapNode, Node, ScalarNode, describe
 from mergekit_lite.recipe.save import read_saves
 from mergekit_lite.recipe.source import MAX_BYTES, load_all
 from mergekit_lite.recipe.step import StepReader
+from mergekit_lite.redact import redact, secret
 
 __all__ = ["NAME", "final_step", "parse", "read_file", "split_location", "unused_steps"]
 
@@ -68,7 +69,7 @@ def parse(text: str, file: str, overrides: Sequence[str] = ()) -> tuple[Recipe |
     be made. A recipe that comes with problems lacks the steps at fault and may refer to things that do not exist: it is
     good for further checks only.
     """
-    problems: list[Problem] = []
+    problems = _secrets(text, file, overrides)
     documents = load_all(text, file, problems, is_mergekit)
     if not documents:
         return None, problems
@@ -282,6 +283,19 @@ class _Reader:
         ends = ends_of(names, {name: mentions(step.params) for name, step in steps.items()})
         if len(ends) != 1:
             self.problems.append(no_single_end(ends, mark))
+
+
+def _secrets(text: str, file: str, overrides: Sequence[str]) -> list[Problem]:
+    """A recipe is kept in the output's files and published with them: a finding for each line, or change of one on the
+    command line, that holds a token or a password."""
+    message = "this holds a secret, and a recipe is copied into every output"
+    hint = "take it out, and make a new one if others may have seen it; `hf auth login` keeps a token for the Hub"
+    found = [Problem(f"`--set {redact(one)}`: {message}", None, hint) for one in overrides if secret(one)]
+    if secret(text):
+        lines = enumerate(text.splitlines(), start=1)
+        marks = [Mark(file, number, 1, redact(line), len(redact(line))) for number, line in lines if secret(line)]
+        found += [Problem(message, mark, hint) for mark in marks] or [Problem(message, None, hint)]
+    return found
 
 
 def _foreign(root: MapNode) -> Problem:

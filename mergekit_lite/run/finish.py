@@ -8,8 +8,8 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_lite.checkpoint.extras import copy_extras, output_config
-from mergekit_lite.errors import StoppedError
+from mergekit_lite.checkpoint.extras import copy_extras, find_extras, output_config
+from mergekit_lite.errors import Problem, StoppedError
 from mergekit_lite.plan.layout import INDEX
 from mergekit_lite.plan.lock import NAME as LOCK
 from mergekit_lite.plan.model import Output, Plan, Unit
@@ -67,13 +67,13 @@ def collect(
     return inputs, shards
 
 
-def complete(plan: Plan, lock: str, solved: Mapping[str, Solved]) -> None:
+def complete(plan: Plan, lock: str, solved: Mapping[str, Solved], keep_auto_map: bool = False) -> None:
     """Put configuration, tokenizer, index, recipe, lock and permutations beside the shards, then rename every partial
     folder to its name; the one that holds the journal comes last. Raises StoppedError where the disk is full or a name
     has been taken since the plan was made."""
     for output in plan.outputs:
         try:
-            _extras(plan, output, lock)
+            _extras(plan, output, lock, keep_auto_map)
             _permutations(plan, output, solved)
             _fsync_folder(partial(output.to))
         except OSError as fault:
@@ -92,9 +92,17 @@ def complete(plan: Plan, lock: str, solved: Mapping[str, Solved]) -> None:
             raise StoppedError(f"cannot rename `{folder}` to `{to}`: {fault.strerror}", hint=hint) from fault
 
 
-def _extras(plan: Plan, output: Output, lock: str) -> None:
+def notes_on(plan: Plan, keep_auto_map: bool) -> tuple[Problem, ...]:
+    """What of the inputs' configurations the outputs will lack. Raises InputError where a file that goes beside the
+    weights is at fault: the run is to say so before it starts."""
+    found = [find_extras(plan.checkpoints[output.donor], output.config, keep_auto_map).notes for output in plan.outputs]
+    return tuple(dict.fromkeys(note for notes in found for note in notes))
+
+
+def _extras(plan: Plan, output: Output, lock: str, keep_auto_map: bool) -> None:
     folder = partial(output.to)
-    copy_extras(plan.checkpoints[output.donor], folder, output_config(output.config, _main_dtype(output)))
+    config = output_config(output.config, _main_dtype(output))
+    copy_extras(plan.checkpoints[output.donor], folder, config, keep_auto_map)
     if output.index is not None:
         _write(folder / INDEX, json.dumps(output.index, indent=2) + "\n")
     _write(folder / RECIPE, plan.recipe.text)

@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from mergekit_lite import sandbox
+
 SWITCH = "MERGEKIT_LITE_CACHE"  # an environment variable: 0 leaves the cache alone
 FILE = "digests.json"
 FORMAT = 1
@@ -72,7 +74,7 @@ def _key(found: os.stat_result) -> str:
 
 def cache_folder() -> Path | None:
     """The folder of what this program keeps between runs, which may not exist yet; None where it is to keep nothing."""
-    if os.environ.get(SWITCH) == "0":
+    if os.environ.get(SWITCH) == "0" or sandbox.current() is not None:
         return None
     cache = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(cache):

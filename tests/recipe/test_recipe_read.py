@@ -16,6 +16,7 @@ from mergekit_lite.recipe.model import Recipe
 from mergekit_lite.recipe.read import final_step, parse, read_file, split_location, unused_steps
 from mergekit_lite.recipe.save import read_size
 from mergekit_lite.recipe.value import NO_VALUE, Curve
+from mergekit_lite.recipe.write import to_yaml
 
 # A busy machine must not fail a test by being slow.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -453,3 +454,13 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     file.write_bytes(b"#" * (1 << 20) + b"\n")
     with pytest.raises(RecipeError, match="larger than 1 MiB"):
         read_file(file)
+
+
+@pytest.mark.parametrize("text", ["$HOME/m", "${HOME}/m", "./%HOME%/m", "./`id`/m", "./$(id)/m", "./{{ HOME }}/m"])
+def test_nothing_is_expanded_in_a_recipe(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a shell, a template or an environment would fill in is plain text, wherever it stands."""
+    monkeypatch.setenv("HOME", "/expanded")
+    recipe, problems = parse(f"version: 1\nmodels: {{m: '{text}'}}\nsave: {{step: m, to: '{text}'}}\n", "r.yaml")
+    assert recipe is not None and not problems
+    assert recipe.models["m"].location == recipe.saves[0].to == text
+    assert "/expanded" not in to_yaml(recipe)
