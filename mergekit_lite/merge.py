@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run did. `shards` gives the BLAKE3 digest of every shard by output folder and file name; `nonfinite` and
-    `overflow` count numbers by tensor; `changed` names the shards whose bytes differ from the recipe's lock;
-    `alignments` gives figures of the orders of units that were found, by step."""
+    """What a run did. `shards` gives the BLAKE3 digest of every shard by output folder and file name; `nonfinite` (in
+    the inputs), `output_nonfinite` and `overflow` count numbers by tensor; `changed` names the shards whose bytes
+    differ from the recipe's lock; `alignments` gives figures of the orders of units that were found, by step."""
 
     outputs: tuple[str, ...]
     shards: Mapping[str, Mapping[str, str]]
@@ -45,6 +45,7 @@ class Result:
     overflow: Mapping[str, int]
     changed: tuple[str, ...] = ()
     alignments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    output_nonfinite: Mapping[str, int] = field(default_factory=dict)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -137,10 +138,10 @@ def run(
 ) -> Result:
     """Carry out `plan`: write every output folder whole, or leave what is finished in `OUT.partial` for `resume`.
 
-    `strict` stops at the first non-finite number of an input. `device` is where kernels run: `cpu`, `cuda`, `cuda:1`,
-    or with `auto` the first GPU if there is one. `ranks` are the processes that share the merge, each of which calls
-    this with the plan that they agreed on (`Ranks.agree`); rank 0 gives the result of all, the others that of their
-    share. Raises UsageError where there is no such device, StoppedError where the run cannot go on (the disk is full,
+    `strict` stops at the first non-finite number of an input or of what is made of them. `device` is where kernels run:
+    `cpu`, `cuda`, `cuda:1`, or with `auto` the first GPU if there is one. `ranks` are the processes that share the
+    merge, each of which calls this with the plan that they agreed on (`Ranks.agree`); rank 0 gives the result of all,
+    the others that of their share. Raises UsageError where there is no such device, StoppedError where the run cannot go on (the disk is full,
     another run writes there, another rank failed), InputError where an input has changed or cannot be read,
     InterruptedRun on Ctrl-C.
     """
@@ -231,6 +232,7 @@ def run(
         overflow=findings.overflow,
         changed=tuple(changed_outputs(plan.recipe, shards)),
         alignments={name: found.figures for name, found in solved.items()},
+        output_nonfinite=findings.output_nonfinite,
     )
 
 
