@@ -88,7 +88,7 @@ def plan(
         hint = "remove `--out`, or change one with `--set save.0.to=DIR`"
         raise RecipeError(Problem(f"`--out` names one folder, the recipe saves {len(recipe.saves)}", None, hint))
     with no_collection():
-        checkpoints = _open_all(recipe, used_models(recipe), offline)
+        checkpoints = open_models(recipe, used_models(recipe), offline)
         return build_plan(
             recipe,
             checkpoints,
@@ -104,8 +104,8 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _open_all(recipe: Recipe, names: Sequence[str], offline: bool) -> dict[str, Checkpoint]:
-    """Every checkpoint that is needed; the faults of all of them come together."""
+def open_models(recipe: Recipe, names: Sequence[str], offline: bool) -> dict[str, Checkpoint]:
+    """The checkpoints of the models of these names. Raises InputError with the faults of all of them."""
     found: dict[str, Checkpoint] = {}
     problems: list[Problem] = []
     fault: MergeError | None = None
@@ -180,7 +180,7 @@ def run(
             return
         if plan.recipe.lock is not None:
             known.update(file_digests(files, count))
-            problems = changed_inputs(plan.recipe, plan, known)
+            problems = changed_inputs(plan.recipe.lock, plan.checkpoints, known)
             if problems:
                 raise RecipeError(problems)
         check_tied(plan, reader)
@@ -220,7 +220,7 @@ def run(
             inputs, shards = collect(plan, shares, peers.exchange(LAST, digested))
             findings = Findings.sum(merged)
             journal.absorb()
-            complete(plan, lock_text(plan, inputs, shards), solved)
+            complete(plan, lambda beside: lock_text(plan, inputs, shards, beside), solved)
     return Result(
         outputs=tuple(output.to for output in plan.outputs),
         shards=shards,

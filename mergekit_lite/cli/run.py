@@ -103,7 +103,9 @@ def findings(result: Result) -> list[Problem]:
         message = f"the output has {show.count(sum(passed.values()), 'NaN or infinite number')} from the inputs"
         found.append(Problem(f"{message}: {_counted(passed)}", None, hint))
     if made:
-        hint = "a division by nothing (an input or a delta of zeros) or a sum beyond the range: try `compute: float64`, "
+        hint = (
+            "a division by nothing (an input or a delta of zeros) or a sum beyond the range: try `compute: float64`, "
+        )
         hint += "lower the weights, or copy these tensors from one input; `--strict` stops there instead"
         message = f"the merge made {show.count(sum(made.values()), 'NaN or infinite number')} of finite ones"
         found.append(Problem(f"{message}: {_counted(made)}", None, hint))

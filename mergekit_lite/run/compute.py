@@ -111,7 +111,9 @@ def _store_saturated(
     if not bits.numel() or not reaches(bits.numpy(), E4M3_MAX_BITS):
         return stored
     stored = value.clamp(-E4M3_MAX, E4M3_MAX).to(stored.dtype).cpu()
-    note_output(tensor.name, nonfinite(tensor.dtype, stored.view(torch.uint8).numpy().data), found["output_nonfinite"], strict)
+    note_output(
+        tensor.name, nonfinite(tensor.dtype, stored.view(torch.uint8).numpy().data), found["output_nonfinite"], strict
+    )
     _add(tensor, int(torch.count_nonzero(value.abs() > E4M3_REACH)), found)
     return stored
 
