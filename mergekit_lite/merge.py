@@ -141,9 +141,9 @@ def run(
     `strict` stops at the first non-finite number of an input or of what is made of them. `device` is where kernels run:
     `cpu`, `cuda`, `cuda:1`, or with `auto` the first GPU if there is one. `ranks` are the processes that share the
     merge, each of which calls this with the plan that they agreed on (`Ranks.agree`); rank 0 gives the result of all,
-    the others that of their share. Raises UsageError where there is no such device, StoppedError where the run cannot go on (the disk is full,
-    another run writes there, another rank failed), InputError where an input has changed or cannot be read,
-    InterruptedRun on Ctrl-C.
+    the others that of their share. Raises UsageError where there is no such device, StoppedError where the run cannot
+    go on (the disk is full, another run writes there, another rank failed, `strict` found a number that the merge
+    made), InputError where an input has changed or cannot be read, InterruptedRun on Ctrl-C.
     """
     from mergekit_lite.checkpoint.reader import Reader
     from mergekit_lite.plan.lock import changed_inputs, changed_outputs, lock_text

@@ -104,13 +104,14 @@ def findings(result: Result) -> list[Problem]:
         found.append(Problem(f"{message}: {_counted(passed)}", None, hint))
     if made:
         hint = (
-            "a division by nothing (an input or a delta of zeros) or a sum beyond the range: try `compute: float64`, "
+            "a division by nothing, such as a delta of zeros, or a sum beyond the range: try `compute: float64`, lower "
         )
-        hint += "lower the weights, or copy these tensors from one input; `--strict` stops there instead"
+        hint += "the weights, or copy these tensors from one input; `--strict` stops there instead"
         message = f"the merge made {show.count(sum(made.values()), 'NaN or infinite number')} of finite ones"
         found.append(Problem(f"{message}: {_counted(made)}", None, hint))
     if result.overflow:
-        hint = "they are infinite now, in float8_e4m3fn the largest number: save in bfloat16 or float32, or lower the weights"
+        hint = "they are infinite now, in float8_e4m3fn the largest number: save in bfloat16 or float32, or lower the "
+        hint += "weights"
         message = f"{show.count(sum(result.overflow.values()), 'number')} out of the range of the dtype saved in"
         found.append(Problem(f"{message}: {_counted(result.overflow)}", None, hint))
     if result.changed:

@@ -14,7 +14,8 @@ from mergekit_lite.errors import MergeError
 
 if TYPE_CHECKING:
     from mergekit_lite.recipe.model import Recipe
-    from mergekit_lite.report.verify import Fault, Verdict
+    from mergekit_lite.report.folder import Fault
+    from mergekit_lite.report.verify import Verdict
 
 
 def verify(
@@ -61,8 +62,8 @@ def _inputs(recipe: Recipe, threads: int, start: Callable[[int], Callable[[int],
     """What differs between the inputs as they lie there now and what the lock says of them."""
     from mergekit_lite import merge
     from mergekit_lite.plan.lock import changed_inputs
+    from mergekit_lite.report.folder import Fault
     from mergekit_lite.report.reread import reread
-    from mergekit_lite.report.verify import Fault
 
     checkpoints = {}
     wanted = (recipe.lock or {}).get("inputs") or {}

@@ -28,6 +28,10 @@ class Promise:
     shards: Promised
     files: Promised | None
 
+    @property
+    def names(self) -> list[str]:
+        return [*self.shards, *(self.files or ())]
+
 
 def read_promises(folder: Path) -> tuple[Recipe, list[Promise]]:
     """The recipe in the lock of a folder, and what the lock says of each output; no outputs where it is a recipe and no

@@ -3,45 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergekit_lite.checkpoint.extras import is_read_with_a_model
 from mergekit_lite.checkpoint.find import INDEX
-from mergekit_lite.checkpoint.header import Header, read_header
+from mergekit_lite.checkpoint.header import Header
 from mergekit_lite.checkpoint.inside import inside, is_plain_name, read_object
-from mergekit_lite.checkpoint.meta import TensorMeta
-from mergekit_lite.errors import InputError, MergeError, Problem
-from mergekit_lite.family.family import family_of
+from mergekit_lite.errors import InputError, MergeError
 from mergekit_lite.plan.lock import NAME, is_sealed
 from mergekit_lite.recipe.model import Recipe
 from mergekit_lite.recipe.read import parse, read_file
 from mergekit_lite.recipe.write import to_yaml
 from mergekit_lite.report.check import count, few
-from mergekit_lite.report.promise import AGAIN, Promise, Promised, read_promises
-from mergekit_lite.report.reread import Advance, Seen, reread
+from mergekit_lite.report.folder import LIMIT, Fault, Look, read_folder, tied_pairs
+from mergekit_lite.report.promise import AGAIN, Promise, read_promises
+from mergekit_lite.report.reread import Advance
 from mergekit_lite.run.finish import RECIPE
 from mergekit_lite.run.journal import NAME as JOURNAL
 from mergekit_lite.run.sink import partial
 
-_LIMIT = 100_000_000  # bytes of a JSON file that are read at most
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 _HOW = "`merge verify` takes the folder of a finished run"
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One thing that is not as it should be: in which file and, where it lies in one, in which tensor."""
-
-    file: str
-    message: str
-    tensor: str | None = None
-    hint: str | None = None
-
-    def as_json(self) -> dict[str, object]:
-        return {"file": self.file, "tensor": self.tensor, "message": self.message, "hint": self.hint}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +45,6 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
-@dataclass
-class _Look:
-    """What is known of a folder after one read of its files. `faults` holds those of single files, by name; a name
-    without `seen` could not be read or is not there."""
-
-    folder: Path
-    present: set[str]
-    headers: dict[str, Header] = field(default_factory=dict)
-    seen: dict[str, Seen] = field(default_factory=dict)
-    faults: dict[str, list[Fault]] = field(default_factory=dict)
-
-    def add(self, file: str, problems: Sequence[Problem]) -> None:
-        self.faults.setdefault(file, []).extend(Fault(file, p.message, None, p.hint) for p in problems)
-
-
 def verify(
     location: str, *, threads: int = 1, start: Callable[[int], Advance] = lambda total: lambda nbytes: None
 ) -> Verdict:
@@ -93,24 +62,32 @@ def verify(
     except MergeError as error:
         faults = [Fault(NAME, f"is no lock: {problem.message}", None, AGAIN) for problem in error.problems]
         return Verdict(folder, "", 0, 0, 0, 0, sealed, None, tuple(faults))
-    if not promises:
+    if not promises and sealed is None:
         raise InputError(f"`{folder / NAME}` is a recipe, and does not say what a run wrote", hint=_HOW)
     if sealed is False:
         faults.append(Fault(NAME, "is not as the run wrote it: its last line, its own digest, differs", None, AGAIN))
     elif sealed is None and any(promise.files is not None for promise in promises):
         faults.append(Fault(NAME, "lacks its last line, its own digest, or has lines behind it", None, AGAIN))
-    outside = [name for promise in promises for name in _names(promise) if not _is_below(name)]
+    if not promises:
+        return Verdict(folder, "", 0, 0, 0, 0, sealed, recipe, tuple(faults))
+    outside = [name for promise in promises for name in promise.names if not _is_below(name)]
     if outside:
         faults += [Fault(NAME, f"names a file outside the folder: `{name[:200]}`") for name in outside]
         return Verdict(folder, "", 0, 0, 0, 0, sealed, recipe, tuple(faults))
 
-    look = _read(folder, promises, threads, start)
+    named = list(dict.fromkeys(name for promise in promises for name in promise.names))
+    look = read_folder(folder, named, any(promise.files is None for promise in promises), threads, start)
     # Outputs of one recipe have one lock, and a folder may have been renamed: the output that fits best is meant.
     compared = [(list(_against(promise, look)), promise) for promise in promises]
     wrong, promise = min(compared, key=lambda pair: len(pair[0]))
     shards = {name: look.headers[name] for name in promise.shards if name in look.headers}
     faults += wrong
-    faults += [fault for name in _names(promise) for fault in look.faults.get(name, ())]
+    faults += [
+        fault
+        for name, found in look.faults.items()
+        if name in promise.names or promise.files is None
+        for fault in found
+    ]
     faults += _recipe(look, recipe)
     faults += _index(look, promise, shards)
     faults += _metadata(shards)
@@ -125,7 +102,7 @@ def verify(
         shards=len(promise.shards),
         files=len(promise.files or ()),
         tensors=sum(len(header.tensors) for header in shards.values()),
-        nbytes=sum(seen.nbytes for name, seen in look.seen.items() if name in _names(promise)),
+        nbytes=sum(seen.nbytes for name, seen in look.seen.items() if name in promise.names),
         sealed=sealed,
         recipe=recipe,
         faults=tuple(faults),
@@ -156,66 +133,13 @@ def _lock(folder: Path, location: str) -> bytes:
     raise InputError(f"`{location}` has no {NAME}, so nothing says what should be there", hint=hint)
 
 
-def _names(promise: Promise) -> list[str]:
-    return [*promise.shards, *(promise.files or ())]
-
-
 def _is_below(name: str) -> bool:
     return len(name) <= 1000 and all(map(is_plain_name, name.split("/")))
 
 
-def _read(folder: Path, promises: Sequence[Promise], threads: int, start: Callable[[int], Advance]) -> _Look:
-    """Read all files that one of `promises` names, and those that always belong to an output."""
-    names = list(dict.fromkeys(name for promise in promises for name in _names(promise)))
-    places = {"", *(name.rpartition("/")[0] for name in names)}
-    look = _Look(folder, {name for place in places for name in _listed(folder, place)})
-    names += [name for name in sorted(look.present) if name not in names and name.endswith((".json", ".jinja"))]
-    paths: dict[str, Path] = {}
-    for name in names:
-        if name not in look.present:
-            continue
-        try:
-            paths[name] = inside(folder, name)
-            if name.endswith(".safetensors"):
-                look.headers[name] = read_header(paths[name], name)
-            elif name.endswith(".json"):
-                read_object(paths[name], _LIMIT)
-        except InputError as error:
-            look.add(name, error.problems)
-    tied = {name for pair in _pairs(look, look.headers) for name in pair}
-    total = sum(path.stat().st_size for path in paths.values() if path.is_file())
-    advance, each = start(total), max(1, threads // max(1, sum(name in look.headers for name in paths)))
-
-    def read(name: str) -> Seen | InputError:
-        try:
-            return reread(paths[name], _tensors(look, name), tied, each, advance)
-        except InputError as error:
-            return error
-
-    with ThreadPoolExecutor(threads) as pool:
-        for name, seen in zip(paths, pool.map(read, paths), strict=True):
-            if isinstance(seen, InputError):
-                look.add(name, seen.problems)
-            else:
-                look.seen[name] = seen
-    return look
-
-
-def _listed(folder: Path, place: str) -> Iterator[str]:
-    """The files in a folder below `folder`, links among them, relative to it."""
-    if (folder / place).is_dir():
-        for entry in sorted(os.scandir(folder / place), key=lambda entry: entry.name):
-            if entry.is_symlink() or not entry.is_dir():
-                yield f"{place}/{entry.name}" if place else entry.name
-
-
-def _tensors(look: _Look, name: str) -> Sequence[TensorMeta]:
-    return look.headers[name].tensors if name in look.headers else ()
-
-
-def _against(promise: Promise, look: _Look) -> Iterator[Fault]:
+def _against(promise: Promise, look: Look) -> Iterator[Fault]:
     """What differs from a promise: files missing, too many, of another size or content."""
-    for name, (nbytes, blake3) in _both(promise).items():
+    for name, (nbytes, blake3) in {**promise.shards, **(promise.files or {})}.items():
         seen = look.seen.get(name)
         if name not in look.present:
             yield Fault(name, "is missing", None, AGAIN)
@@ -225,18 +149,14 @@ def _against(promise: Promise, look: _Look) -> Iterator[Fault]:
             yield Fault(name, f"has {count(seen.nbytes, 'byte')}, the lock says {nbytes:,}", None, AGAIN)
         elif seen.blake3 != blake3:
             yield Fault(name, "has another BLAKE3 digest than the lock says", None, AGAIN)
-    for name in sorted(look.present - set(_names(promise)) - {NAME}):
+    for name in sorted(look.present - set(promise.names) - {NAME}):
         if name.endswith(_WEIGHTS) and "/" not in name:
             yield Fault(name, "are weights that the run did not write", None, "move them out of the folder")
         elif promise.files is not None and (name == INDEX or is_read_with_a_model(name)):
             yield Fault(name, "was not written by the run, and changes what is loaded", None, "move it away")
 
 
-def _both(promise: Promise) -> Promised:
-    return {**promise.shards, **(promise.files or {})}
-
-
-def _recipe(look: _Look, recipe: Recipe) -> Iterator[Fault]:
+def _recipe(look: Look, recipe: Recipe) -> Iterator[Fault]:
     """recipe.yaml beside the lock must make the lock's recipe, up to the revisions that a run has pinned."""
     try:
         ours, problems = parse(read_file(look.folder / RECIPE), RECIPE, _overrides(recipe))
@@ -260,7 +180,7 @@ def _unpinned(recipe: Recipe) -> str:
     return to_yaml(replace(recipe, models=models))
 
 
-def _index(look: _Look, promise: Promise, shards: Mapping[str, Header]) -> Iterator[Fault]:
+def _index(look: Look, promise: Promise, shards: Mapping[str, Header]) -> Iterator[Fault]:
     """The index, where there are several shards, names every tensor with its file, and all of their bytes."""
     tensors = [(meta, file) for file, header in shards.items() for meta in header.tensors]
     homes = {meta.name: file for meta, file in tensors}
@@ -273,7 +193,7 @@ def _index(look: _Look, promise: Promise, shards: Mapping[str, Header]) -> Itera
         return
     if len(shards) < len(promise.shards) or INDEX in look.faults:
         return  # told already
-    index = read_object(inside(look.folder, INDEX), _LIMIT)
+    index = read_object(inside(look.folder, INDEX), LIMIT)
     named, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(named, dict):
         yield Fault(INDEX, "has no `weight_map`", None, AGAIN)
@@ -295,21 +215,10 @@ def _metadata(shards: Mapping[str, Header]) -> Iterator[Fault]:
             yield Fault(file, f"has other metadata in its header than {first}", None, AGAIN)
 
 
-def _pairs(look: _Look, shards: Mapping[str, Header]) -> list[tuple[str, str]]:
-    """The tied names of which both are stored."""
-    names = {meta.name for header in shards.values() for meta in header.tensors}
-    try:
-        config = read_object(inside(look.folder, "config.json"), _LIMIT) if "config.json" in look.present else {}
-    except InputError:
-        return []
-    metas = {meta.name: meta for header in shards.values() for meta in header.tensors}
-    return [pair for pair in family_of(config, metas).tied if names.issuperset(pair)]
-
-
-def _tied(look: _Look, shards: Mapping[str, Header]) -> Iterator[Fault]:
+def _tied(look: Look, shards: Mapping[str, Header]) -> Iterator[Fault]:
     """Tensors that the configuration ties are stored once or alike."""
     place = {meta.name: (file, meta) for file, header in shards.items() for meta in header.tensors}
-    for alias, canonical in _pairs(look, shards):
+    for alias, canonical in tied_pairs(look, shards):
         (file, one), (other_file, other) = place[alias], place[canonical]
         if file not in look.seen or other_file not in look.seen:
             continue
@@ -319,12 +228,12 @@ def _tied(look: _Look, shards: Mapping[str, Header]) -> Iterator[Fault]:
             yield Fault(file, f"differs from `{canonical}`, to which config.json ties it", alias, hint)
 
 
-def _notes(look: _Look, promise: Promise) -> Iterator[str]:
+def _notes(look: Look, promise: Promise) -> Iterator[str]:
     if promise.files is None:
         yield "an earlier version wrote the lock: it covers the shards, and not configuration, tokenizer or itself"
     if JOURNAL in look.present:
         yield f"{JOURNAL} was left by a crash at the very end of the run; it may be removed"
-    rest = look.present - set(_names(promise)) - {NAME, JOURNAL, RECIPE}
+    rest = look.present - set(promise.names) - {NAME, JOURNAL, RECIPE}
     rest = {name for name in rest if not name.endswith(_WEIGHTS) and name != INDEX and not is_read_with_a_model(name)}
     if rest:
         yield f"not of the run, and not looked at: {few(sorted(rest))}"

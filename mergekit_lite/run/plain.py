@@ -163,7 +163,7 @@ def plain_sums(
 
 
 def _check_finite(bits: NDArray[Any]) -> None:
-    """Raise _NotFinite where a number with these bits (uint16 of a bfloat16, uint32 of a float32) is NaN or infinite."""
+    """Raise _NotFinite where one of the numbers (bfloat16 as uint16, float32 as uint32) is NaN or infinite."""
     if reaches(bits, 0x7F80 << 8 * (bits.itemsize - 2)):
         raise _NotFinite
 

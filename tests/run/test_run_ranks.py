@@ -152,7 +152,9 @@ def test_the_bytes_of_one_process(count: int, models: Path, tmp_path: Path) -> N
             ours, alone = (tmp_path / side / folder for side in ("ranks", "alone"))
             assert sorted(p.name for p in ours.iterdir()) == sorted(p.name for p in alone.iterdir())
             lock = (ours / "recipe.lock.yaml").read_text().replace(str(tmp_path / "ranks"), str(tmp_path / "alone"))
-            assert lock == (alone / "recipe.lock.yaml").read_text()
+            # The last lines, the digests of all that is above them, differ as the folders' names do.
+            other = (alone / "recipe.lock.yaml").read_text()
+            assert lock.rpartition("\n#")[0] == other.rpartition("\n#")[0]
 
     for rank in told:
         assert rank["differ"][0] == 2 and "rank 1 (process " in rank["differ"][1]
