@@ -53,7 +53,7 @@ def verify(
             show.line(_line(fault), "bold red")
         for note in found.notes:
             show.note(f"note: {note}")
-        show.line(_summary(found, faults, inputs))
+        show.line(_summary(output, found, faults, inputs))
     if faults:
         raise typer.Exit(1)
 
@@ -86,11 +86,11 @@ def _line(fault: Fault) -> str:
     return f"fail  {place}: {fault.message}"
 
 
-def _summary(found: Verdict, faults: list[Fault], inputs: bool) -> str:
+def _summary(output: str, found: Verdict, faults: list[Fault], inputs: bool) -> str:
     if faults:
-        return f"not as the lock says: {show.count(len(faults), 'fault')} in {found.folder}"
+        return f"not as the lock says: {show.count(len(faults), 'fault')} in {output}"
     parts = [
-        f"as the lock says: {found.folder}",
+        f"as the lock says: {output}",
         show.count(found.shards, "shard"),
         show.count(found.tensors, "tensor"),
         *([show.count(found.files, "other file")] if found.files else []),

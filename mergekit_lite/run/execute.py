@@ -65,8 +65,8 @@ class Options:
 @dataclass
 class Findings:
     """What a run saw: non-finite numbers by `file:tensor` in the inputs and by tensor in the outputs, numbers out of
-    the range of the output's dtype by tensor, bytes read, units taken over from an earlier run, the orders of units that
-    were found by step."""
+    the range of the output's dtype by tensor, bytes read, units taken over from an earlier run, the orders of units
+    that were found by step."""
 
     nonfinite: dict[str, int] = field(default_factory=dict)
     output_nonfinite: dict[str, int] = field(default_factory=dict)

@@ -21,19 +21,7 @@ from mergekit_lite.errors import InputError, StoppedError
 from mergekit_lite.run.nonfinite import nonfinite, note
 
 # Exponents of ones are rare in random bytes.
-ONES = [
-    b"\x80",
-    b"\xff",
-    b"\x7f",
-    b"\x7c",
-    b"\x80\x7f",
-    b"\x80\xff",
-    b"\0\x7c",
-    b"\xf0\x7f",
-    b"\xf0\xff",
-    b"\x7f\x7f",
-    b"\xff\x7e",
-]
+ONES = [bytes.fromhex(top) for top in ["80", "ff", "7f", "7c", "807f", "80ff", "007c", "f07f", "f0ff", "7f7f", "ff7e"]]
 
 
 @settings(max_examples=500)
