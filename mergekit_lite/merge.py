@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run did. `shards` gives the BLAKE3 digest of every shard by output folder and file name; `nonfinite` and
-    `overflow` count numbers by tensor; `changed` names the shards whose bytes differ from the recipe's lock;
-    `alignments` gives figures of the orders of units that were found, by step; `notes` tell what of the inputs'
-    configurations the outputs lack."""
+    """What a run did. `shards` gives the BLAKE3 digest of every shard by output folder and file name; `nonfinite` (in
+    the inputs), `output_nonfinite` and `overflow` count numbers by tensor; `changed` names the shards whose bytes
+    differ from the recipe's lock; `alignments` gives figures of the orders of units that were found, by step; `notes`
+    tell what of the inputs' configurations the outputs lack."""
 
     outputs: tuple[str, ...]
     shards: Mapping[str, Mapping[str, str]]
@@ -48,6 +48,7 @@ class Result:
     changed: tuple[str, ...] = ()
     alignments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: tuple[Problem, ...] = ()
+    output_nonfinite: Mapping[str, int] = field(default_factory=dict)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -103,7 +104,7 @@ def plan(
         if problems:
             raise RecipeError(problems)
     with no_collection():
-        checkpoints = _open_all(recipe, used_models(recipe), offline or box is not None, allow_pickle)
+        checkpoints = open_models(recipe, used_models(recipe), offline or box is not None, allow_pickle)
         return build_plan(
             recipe,
             checkpoints,
@@ -119,15 +120,19 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _open_all(recipe: Recipe, names: Sequence[str], offline: bool, pickled: bool) -> dict[str, Checkpoint]:
-    """Every checkpoint that is needed; the faults of all of them come together."""
+def open_models(
+    recipe: Recipe, names: Sequence[str], offline: bool, allow_pickle: bool = False
+) -> dict[str, Checkpoint]:
+    """The checkpoints of the models of these names. Raises InputError with the faults of all of them."""
     found: dict[str, Checkpoint] = {}
     problems: list[Problem] = []
     fault: MergeError | None = None
     for name in names:
         model = recipe.models[name]
         try:
-            opened = open_checkpoint(model.location, model.revision, mark=model.mark, offline=offline, pickled=pickled)
+            opened = open_checkpoint(
+                model.location, model.revision, mark=model.mark, offline=offline, pickled=allow_pickle
+            )
             if model.adapter is not None:
                 adapter = open_adapter(model.adapter, model.adapter_revision, mark=model.mark, offline=offline)
                 opened = with_adapter(opened, adapter, model.mark)
@@ -155,12 +160,12 @@ def run(
     """Carry out `plan`: write every output folder whole, or leave what is finished in `OUT.partial` for `resume`.
 
     `keep_auto_map` leaves entries that have transformers import an input's code in the outputs' configurations.
-    `strict` stops at the first non-finite number of an input. `device` is where kernels run: `cpu`, `cuda`, `cuda:1`,
-    or with `auto` the first GPU if there is one. `ranks` are the processes that share the merge, each of which calls
-    this with the plan that they agreed on (`Ranks.agree`); rank 0 gives the result of all, the others that of their
-    share. Raises UsageError where there is no such device, StoppedError where the run cannot go on (the disk is full,
-    another run writes there, another rank failed), InputError where an input has changed or cannot be read,
-    InterruptedRun on Ctrl-C.
+    `strict` stops at the first non-finite number of an input or of what is made of them. `device` is where kernels run:
+    `cpu`, `cuda`, `cuda:1`, or with `auto` the first GPU if there is one. `ranks` are the processes that share the
+    merge, each of which calls this with the plan that they agreed on (`Ranks.agree`); rank 0 gives the result of all,
+    the others that of their share. Raises UsageError where there is no such device, StoppedError where the run cannot
+    go on (the disk is full, another run writes there, another rank failed, `strict` found a number that the merge
+    made), InputError where an input has changed or cannot be read, InterruptedRun on Ctrl-C.
     """
     from mergekit_lite.checkpoint.reader import Reader
     from mergekit_lite.plan.lock import changed_inputs, changed_outputs, lock_text
@@ -199,7 +204,7 @@ def run(
         notes.extend(notes_on(plan, keep_auto_map))
         if plan.recipe.lock is not None:
             known.update(file_digests(files, count))
-            problems = changed_inputs(plan.recipe, plan, known)
+            problems = changed_inputs(plan.recipe.lock, plan.checkpoints, known)
             if problems:
                 raise RecipeError(problems)
         check_tied(plan, reader)
@@ -239,7 +244,7 @@ def run(
             inputs, shards = collect(plan, shares, peers.exchange(LAST, digested))
             findings = Findings.sum(merged)
             journal.absorb()
-            complete(plan, lock_text(plan, inputs, shards), solved, keep_auto_map)
+            complete(plan, lambda beside: lock_text(plan, inputs, shards, beside), solved, keep_auto_map)
     return Result(
         outputs=tuple(output.to for output in plan.outputs),
         shards=shards,
@@ -252,6 +257,7 @@ def run(
         changed=tuple(changed_outputs(plan.recipe, shards)),
         alignments={name: found.figures for name, found in solved.items()},
         notes=tuple(notes),
+        output_nonfinite=findings.output_nonfinite,
     )
 
 

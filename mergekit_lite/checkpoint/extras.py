@@ -158,3 +158,11 @@ def _put(content: Path | bytes, target: Path) -> None:
         shutil.copyfileobj(read, write, 2**20)
         write.flush()
         os.fsync(write.fileno())
+
+
+def is_read_with_a_model(name: str) -> bool:
+    """Whether a file of this name in a model's folder, relative to it, changes what a program loads from there."""
+    if "/" in name:
+        return name.startswith(f"{_TEMPLATES}/")
+    known = any(fnmatch.fnmatchcase(name, glob) for glob in _WANTED)
+    return known or name in ("config.json", "adapter_config.json") or name.endswith(".py")

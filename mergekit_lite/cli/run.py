@@ -28,7 +28,7 @@ def run(
     out: options.Out = None,
     set_: options.Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first NaN or infinity of an input.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first NaN or infinity, read or made.")] = False,
     offline: options.Offline = False,
     allow_pickle: options.AllowPickle = False,
     threads: options.Threads = None,
@@ -104,8 +104,21 @@ def findings(result: Result) -> list[Problem]:
         hint = "`--strict` stops there instead"
         message = f"the inputs hold {show.count(sum(result.nonfinite.values()), 'NaN or infinite number')}"
         found.append(Problem(f"{message}: {_counted(result.nonfinite)}", None, hint))
+    passed, made = _causes(result)
+    if passed:
+        hint = "take sound copies of the inputs named above; `merge inspect --stats FOLDER` counts them by tensor"
+        message = f"the output has {show.count(sum(passed.values()), 'NaN or infinite number')} from the inputs"
+        found.append(Problem(f"{message}: {_counted(passed)}", None, hint))
+    if made:
+        hint = (
+            "a division by nothing, such as a delta of zeros, or a sum beyond the range: try `compute: float64`, lower "
+        )
+        hint += "the weights, or copy these tensors from one input; `--strict` stops there instead"
+        message = f"the merge made {show.count(sum(made.values()), 'NaN or infinite number')} of finite ones"
+        found.append(Problem(f"{message}: {_counted(made)}", None, hint))
     if result.overflow:
-        hint = "save in bfloat16 or float32, or lower the weights"
+        hint = "they are infinite now, in float8_e4m3fn the largest number: save in bfloat16 or float32, or lower the "
+        hint += "weights"
         message = f"{show.count(sum(result.overflow.values()), 'number')} out of the range of the dtype saved in"
         found.append(Problem(f"{message}: {_counted(result.overflow)}", None, hint))
     if result.changed:
@@ -113,6 +126,19 @@ def findings(result: Result) -> list[Problem]:
         names = ", ".join(f"`{name}`" for name in result.changed)
         found.append(Problem(f"the bytes differ from what the lock says: {names}", None, hint))
     return found
+
+
+def _causes(result: Result) -> tuple[dict[str, int], dict[str, int]]:
+    """Non-finite numbers of the outputs, by tensor: those that inputs of the same name may have passed on, and those
+    that arose. What left the range of the dtype saved in is told by itself and is in neither."""
+    left = {name: count - result.overflow.get(name, 0) for name, count in result.output_nonfinite.items()}
+    spoilt = tuple(result.nonfinite)
+    passed: dict[str, int] = {}
+    made: dict[str, int] = {}
+    for name, count in left.items():
+        if count > 0:
+            (passed if any(key.endswith(f":{name}") for key in spoilt) else made)[name] = count
+    return passed, made
 
 
 def matched(labels: Sequence[str], figures: Mapping[str, Any]) -> list[str]:
@@ -151,6 +177,7 @@ def as_json(plan: Plan, result: Result, warnings: list[Problem]) -> dict[str, An
         "bytes_written": result.bytes_written,
         "resumed": result.resumed,
         "nonfinite": dict(result.nonfinite),
+        "output_nonfinite": dict(result.output_nonfinite),
         "overflow": dict(result.overflow),
         "changed": list(result.changed),
         "alignments": {name: dict(figures) for name, figures in result.alignments.items()},

@@ -13,8 +13,8 @@ _HINT = "`merge run` writes this part; remove it to run the recipe without a com
 def read_lock(node: Node, problems: list[Problem]) -> dict[str, Any] | None:
     """The section as plain data; findings go to `problems`, None where it is no lock.
 
-    Every item of `inputs.NAME` and of `outputs[..].shards` is sure to have a `file` and a `blake3` that are text. Other
-    parts are kept as they stand.
+    Every item of `inputs.NAME`, of `outputs[..].shards` and of `outputs[..].files`, which earlier versions did not
+    write, is sure to have a `file` and a `blake3` that are text. Other parts are kept as they stand.
     """
     if not isinstance(node, MapNode):
         problems.append(Problem(f"`lock` must be a mapping, not {describe(node)}", node.mark, _HINT))
@@ -29,6 +29,9 @@ def read_lock(node: Node, problems: list[Problem]) -> dict[str, Any] | None:
     if isinstance(outputs, ListNode):
         for item in outputs.items:
             _check_files(item.get("shards") or item if isinstance(item, MapNode) else item, problems)
+            beside = item.get("files") if isinstance(item, MapNode) else None
+            if beside is not None:
+                _check_files(beside, problems)
     elif outputs is not None:
         problems.append(Problem(f"`outputs` must be a list, not {describe(outputs)}", outputs.mark, _HINT))
     return {key: plain_data(entry.value) for key, entry in node.entries.items()} if len(problems) == before else None

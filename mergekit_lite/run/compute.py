@@ -19,7 +19,7 @@ from mergekit_lite.plan.model import Node, OutTensor, Plan, Unit
 from mergekit_lite.run.copy import ByteSource
 from mergekit_lite.run.device import DeviceLoader, find_device, lane
 from mergekit_lite.run.evaluate import Blocks, subset
-from mergekit_lite.run.nonfinite import note
+from mergekit_lite.run.nonfinite import nonfinite, note, note_output, reaches
 from mergekit_lite.run.pools import Watchers, measure_pools
 from mergekit_lite.run.program import Loader, Loads, Stats
 from mergekit_lite.run.sink import Sink
@@ -28,8 +28,8 @@ from mergekit_lite.run.threads import keep_freed_blocks, one_thread_per_operatio
 if TYPE_CHECKING:
     from mergekit_lite.run.alignment import Solved
 
-# Dtypes whose range float32 numbers may leave on the last rounding.
-NARROW = frozenset({"F16", "F8_E4M3", "F8_E5M2"})
+# The largest number of float8_e4m3fn, its bits, and the largest number that is rounded to it.
+E4M3_MAX, E4M3_MAX_BITS, E4M3_REACH = 448.0, 0x7E, 464.0
 
 
 @dataclass
@@ -66,10 +66,7 @@ class Computer:
             blocks.measure(roots, stats)
             for start, values in blocks.last(roots, unit.start, unit.stop, stats):
                 for (output, tensor), value in zip(unit.targets, values, strict=True):
-                    stored = value.to(TORCH_DTYPES[tensor.dtype])
-                    if tensor.dtype in NARROW:
-                        _count_overflow(tensor, value, stored, found["overflow"])
-                    sink.write(output, tensor, start, stored.cpu())
+                    sink.write(output, tensor, start, _store(tensor, value, found, self.strict))
 
 
 @contextmanager
@@ -88,9 +85,39 @@ def computing(
         yield Computer(Blocks(loader, block, stopped, lane(place)), strict, {})
 
 
-def _count_overflow(tensor: OutTensor, value: Tensor, stored: Tensor, found: dict[str, int]) -> None:
-    if math.isfinite(stored.float().sum().item()):
-        return
-    count = int(torch.count_nonzero(torch.isfinite(value) & ~torch.isfinite(stored.float())))
+def _store(tensor: OutTensor, value: Tensor, found: dict[str, dict[str, int]], strict: bool) -> Tensor:
+    """The block in the tensor's dtype, on the CPU. What is not finite in it, and what was beyond the dtype's range, is
+    counted in `found`. Raises StoppedError where `strict` and a number is not finite."""
+    stored = value.to(TORCH_DTYPES[tensor.dtype]).cpu().contiguous()
+    if tensor.dtype == "F8_E4M3":
+        return _store_saturated(tensor, value, stored, found, strict)
+    # A sum looks once at every number, bits are looked at twice: of half the size they are quicker all the same.
+    if tensor.dtype in ("F32", "F64") and math.isfinite(stored.sum().item()):
+        return stored
+    count = nonfinite(tensor.dtype, stored.view(torch.uint8).numpy().data)
     if count:
-        found[tensor.name] = found.get(tensor.name, 0) + count
+        note_output(tensor.name, count, found["output_nonfinite"], strict)
+        wide = stored.float() if stored.element_size() == 1 else stored  # torch has no isfinite for one byte
+        _add(tensor, int(torch.count_nonzero(torch.isfinite(value.cpu()) & ~torch.isfinite(wide))), found)
+    return stored
+
+
+def _store_saturated(
+    tensor: OutTensor, value: Tensor, stored: Tensor, found: dict[str, dict[str, int]], strict: bool
+) -> Tensor:
+    """As `_store`, for float8_e4m3fn, which has no infinity: what is beyond its range becomes its largest number. Some
+    versions of torch make it NaN."""
+    bits = stored.view(torch.uint8)
+    if not bits.numel() or not reaches(bits.numpy(), E4M3_MAX_BITS):
+        return stored
+    stored = value.clamp(-E4M3_MAX, E4M3_MAX).to(stored.dtype).cpu()
+    note_output(
+        tensor.name, nonfinite(tensor.dtype, stored.view(torch.uint8).numpy().data), found["output_nonfinite"], strict
+    )
+    _add(tensor, int(torch.count_nonzero(value.abs() > E4M3_REACH)), found)
+    return stored
+
+
+def _add(tensor: OutTensor, overflow: int, found: dict[str, dict[str, int]]) -> None:
+    if overflow:
+        found["overflow"][tensor.name] = found["overflow"].get(tensor.name, 0) + overflow

@@ -8,7 +8,7 @@ from typing import Protocol
 from mergekit_lite.checkpoint.meta import DTYPE_BITS, TensorMeta
 from mergekit_lite.plan.model import Unit
 from mergekit_lite.plan.order import COPY_BLOCK
-from mergekit_lite.run.nonfinite import nonfinite, note
+from mergekit_lite.run.nonfinite import nonfinite, note, note_output
 from mergekit_lite.run.sink import Sink
 
 
@@ -21,7 +21,12 @@ class ByteSource(Protocol):
 
 
 def copy(
-    unit: Unit, source: ByteSource, sink: Sink, stopped: Callable[[], None], found: dict[str, int], strict: bool
+    unit: Unit,
+    source: ByteSource,
+    sink: Sink,
+    stopped: Callable[[], None],
+    found: dict[str, dict[str, int]],
+    strict: bool,
 ) -> None:
     """Copy the unit's part of every target. Numbers that are not finite are counted in `found`, or refused by `strict`;
     `stopped` is asked between blocks."""
@@ -38,7 +43,9 @@ def copy(
             stopped()
             part = buffer[: min(len(buffer), end - at)]
             source.read_bytes(meta, at, at + len(part), part)
+            count = nonfinite(meta.dtype, part)
             if first:
-                note(meta, nonfinite(meta.dtype, part), found, strict)
+                note(meta, count, found["nonfinite"], strict)
+            note_output(tensor.name, count, found["output_nonfinite"], strict=False)
             sink.write_bytes(output, tensor, at, part)
             at += len(part)

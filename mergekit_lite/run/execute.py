@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 WITHIN_SECONDS = 0.2  # how often a tensor in a long iteration tells how far it is, at most
 SAFE_SECONDS = 3.0  # how much finished work a machine that goes down may cost, at most
+COUNTS = ("nonfinite", "output_nonfinite", "overflow")  # what is counted in a unit, by tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,25 +64,28 @@ class Options:
 
 @dataclass
 class Findings:
-    """What a run saw: non-finite numbers by `file:tensor` in the inputs, numbers beyond the output dtype's range by
-    output tensor, bytes read, units taken over from an earlier run, the orders of units that were found by step."""
+    """What a run saw: non-finite numbers by `file:tensor` in the inputs and by tensor in the outputs, numbers out of
+    the range of the output's dtype by tensor, bytes read, units taken over from an earlier run, the orders of units
+    that were found by step."""
 
     nonfinite: dict[str, int] = field(default_factory=dict)
+    output_nonfinite: dict[str, int] = field(default_factory=dict)
     overflow: dict[str, int] = field(default_factory=dict)
     bytes_read: int = 0
     resumed: int = 0
     alignments: dict[str, Solved] = field(default_factory=dict)
 
     def add(self, entry: Mapping[str, Any]) -> None:
-        for mine, theirs in ((self.nonfinite, entry["nonfinite"]), (self.overflow, entry["overflow"])):
-            for name, count in theirs.items():
+        for key in COUNTS:
+            mine = getattr(self, key)
+            # Journals of earlier versions do not count in outputs.
+            for name, count in entry.get(key, {}).items():
                 mine[name] = mine.get(name, 0) + count
 
     def as_json(self) -> dict[str, Any]:
         """All but the orders of units, which every rank finds for itself."""
         return {
-            "nonfinite": self.nonfinite,
-            "overflow": self.overflow,
+            **{key: getattr(self, key) for key in COUNTS},
             "bytes_read": self.bytes_read,
             "resumed": self.resumed,
         }
@@ -311,9 +315,9 @@ class _Run:
         self.safe_at = time.monotonic()
 
     def _unit(self, unit: Unit) -> dict[str, Any]:
-        found: dict[str, dict[str, int]] = {"nonfinite": {}, "overflow": {}}
+        found: dict[str, dict[str, int]] = {key: {} for key in COUNTS}
         if unit.targets[0][1].copied:
-            copy(unit, self.source, self.sink, self.check, found["nonfinite"], self.options.strict)
+            copy(unit, self.source, self.sink, self.check, found, self.options.strict)
         else:
             assert self.computer is not None
             self.computer.unit(unit, self.sink, found, self._within(unit))

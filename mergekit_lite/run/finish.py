@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,14 +67,29 @@ def collect(
     return inputs, shards
 
 
-def complete(plan: Plan, lock: str, solved: Mapping[str, Solved], keep_auto_map: bool = False) -> None:
-    """Put configuration, tokenizer, index, recipe, lock and permutations beside the shards, then rename every partial
-    folder to its name; the one that holds the journal comes last. Raises StoppedError where the disk is full or a name
-    has been taken since the plan was made."""
+Beside = dict[str, dict[str, tuple[int, str]]]  # by output folder and file name: bytes and digest
+
+
+def complete(
+    plan: Plan, lock: Callable[[Beside], str], solved: Mapping[str, Solved], keep_auto_map: bool = False
+) -> None:
+    """Put configuration, tokenizer, index, recipe, permutations and the lock, which `lock` makes of the files beside
+    the shards, into the folders, then rename every partial folder to its name; the one that holds the journal comes
+    last. Raises StoppedError where the disk is full or a name has been taken since the plan was made."""
+    beside: Beside = {}
     for output in plan.outputs:
         try:
-            _extras(plan, output, lock, keep_auto_map)
-            _permutations(plan, output, solved)
+            names = [*_extras(plan, output, keep_auto_map), *_permutations(plan, output, solved)]
+            paths = {name: partial(output.to) / name for name in names}
+            digests = file_digests(paths.values(), 1)
+            beside[output.to] = {name: (path.stat().st_size, digests[str(path)]) for name, path in paths.items()}
+        except OSError as fault:
+            hint = "make room on the disk or check it, then go on with `--resume`"
+            raise StoppedError(f"cannot write into `{partial(output.to)}`: {fault.strerror}", hint=hint) from fault
+    text = lock(beside)
+    for output in plan.outputs:
+        try:
+            _write(partial(output.to) / LOCK, text)
             _fsync_folder(partial(output.to))
         except OSError as fault:
             hint = "make room on the disk or check it, then go on with `--resume`"
@@ -99,24 +114,27 @@ def notes_on(plan: Plan, keep_auto_map: bool) -> tuple[Problem, ...]:
     return tuple(dict.fromkeys(note for notes in found for note in notes))
 
 
-def _extras(plan: Plan, output: Output, lock: str, keep_auto_map: bool) -> None:
+def _extras(plan: Plan, output: Output, keep_auto_map: bool) -> list[str]:
+    """The names of the files that are put beside the shards of an output."""
     folder = partial(output.to)
     config = output_config(output.config, _main_dtype(output))
-    copy_extras(plan.checkpoints[output.donor], folder, config, keep_auto_map)
+    names = [*copy_extras(plan.checkpoints[output.donor], folder, config, keep_auto_map)]
     if output.index is not None:
         _write(folder / INDEX, json.dumps(output.index, indent=2) + "\n")
+        names.append(INDEX)
     _write(folder / RECIPE, plan.recipe.text)
-    _write(folder / LOCK, lock)
+    return [*names, RECIPE]
 
 
-def _permutations(plan: Plan, output: Output, solved: Mapping[str, Solved]) -> None:
-    """The orders of units that went into an output, a file for each model whose units were moved."""
+def _permutations(plan: Plan, output: Output, solved: Mapping[str, Solved]) -> list[str]:
+    """The orders of units that went into an output, a file for each model whose units were moved; their names."""
     if not solved:
-        return
+        return []
     from mergekit_lite.align.file import to_bytes
 
     used = {node.pool for node in walk(tensor.node for tensor in output.tensors)}
     folder = partial(output.to) / PERMUTATIONS
+    names = []
     for name, found in solved.items():
         if name not in used or plan.alignments[name].use == "known":
             continue
@@ -125,8 +143,10 @@ def _permutations(plan: Plan, output: Output, solved: Mapping[str, Solved]) -> N
         for number, (label, orders) in enumerate(zip(labels, found.permutations, strict=True), start=1):
             file = f"{name}.safetensors" if len(labels) == 1 else f"{name}.{number}.safetensors"
             _write(folder / file, to_bytes(orders, {"model": label, **found.figures}))
+            names.append(f"{PERMUTATIONS}/{file}")
     if folder.is_dir():
         _fsync_folder(folder)
+    return names
 
 
 def _main_dtype(output: Output) -> str:

@@ -22,6 +22,7 @@ from mergekit_lite.lazy import torch
 from mergekit_lite.plan.model import Node, OutTensor, Plan, Unit
 from mergekit_lite.run.copy import ByteSource
 from mergekit_lite.run.evaluate import Blocks
+from mergekit_lite.run.nonfinite import reaches
 from mergekit_lite.run.sink import Sink
 from mergekit_lite.run.threads import keep_freed_blocks
 
@@ -162,11 +163,8 @@ def plain_sums(
 
 
 def _check_finite(bits: NDArray[Any]) -> None:
-    """Raise _NotFinite where a number with these bits (uint16 of a bfloat16, uint32 of a float32) is NaN or infinite:
-    among negative ones as unsigned, among positive ones as signed integers these are the largest."""
-    infinity = 0x7F80 << 8 * (bits.itemsize - 2)
-    signed = bits.view(np.int16 if bits.itemsize == 2 else np.int32)
-    if signed.max() >= infinity or bits.max() >= infinity | 1 << 8 * bits.itemsize - 1:
+    """Raise _NotFinite where one of the numbers (bfloat16 as uint16, float32 as uint32) is NaN or infinite."""
+    if reaches(bits, 0x7F80 << 8 * (bits.itemsize - 2)):
         raise _NotFinite
 
 
