@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mergekit_lite.checkpoint.inside import inside, read_bytes
 from mergekit_lite.errors import InputError, MergeError
 from mergekit_lite.plan.lock import NAME
 from mergekit_lite.recipe.read import parse, read_file
+from mergekit_lite.recipe.source import MAX_BYTES
 from mergekit_lite.report.check import Check, count, fail, failures, few, ok, warn
 from mergekit_lite.run.digest import file_digests
 
@@ -22,6 +24,7 @@ def check_lock(folder: Path, threads: int) -> Iterator[Check]:
     if not os.path.lexists(path):
         return
     try:
+        read_bytes(inside(folder, NAME), MAX_BYTES)  # refuses a pipe, a device and a link out of the folder
         recipe, problems = parse(read_file(path), str(path))
     except MergeError as error:
         yield from failures("lock", error.problems)
