@@ -16,6 +16,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+_SHOWN = 240  # characters of a line
+
 
 @dataclass(frozen=True, slots=True)
 class Mark:
@@ -44,8 +46,10 @@ class Problem:
             lines.append(f"  --> {printable(mark.file)}:{mark.line}:{mark.column}")
             if mark.text.strip():
                 gutter = " " * len(str(mark.line))
-                text = printable(mark.text.replace("\t", " "))
-                caret = " " * (mark.column - 1) + "^" * max(1, mark.length)
+                # A stranger's line may have a million characters: what stands around the place is shown.
+                cut = max(0, mark.column - 1 - _SHOWN // 2) if len(mark.text) > _SHOWN else 0
+                text = printable(mark.text[cut : cut + _SHOWN].replace("\t", " "))
+                caret = " " * (mark.column - 1 - cut) + "^" * min(max(1, mark.length), _SHOWN)
                 lines += [f" {gutter} |", f" {mark.line} | {text}", f" {gutter} | {caret}"]
         if self.hint:
             lines.append(f"hint: {printable(self.hint)}")

@@ -32,6 +32,7 @@ from mergekit_lite.family.layout import FileFault, Layout, parse_layout
 
 # The parser in C where PyYAML was built with it: a tenth of the time.
 _MAX_BYTES = 1 << 20  # of a file that a person wrote
+_MOST_DEPTH = 64
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _OPTIONAL = {"stacks", "prefixes", "tied", "experts", "sizes", "spaces", "axes", "statistics", "cases"}
 
@@ -113,16 +114,10 @@ def load_family(path: Path | str) -> FamilyData:
         raise InputError(f"the family file {path} is larger than 1 MiB", hint="is it another file?")
     root: yaml.Node | None = None
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            # A few lines of them may stand for billions of values, or for one without end.
-            if isinstance(event, yaml.AliasEvent):
-                message = f"YAML aliases are not read in a family file: `*{event.anchor}` in {path}"
-                raise InputError(message, hint="write the value out")
+        _check_events(text, path)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         _check_doubles(root, Path(path).name)
         return parse(yaml.safe_load(text), Path(path).name)
-    except RecursionError:
-        raise InputError(f"the family file {path} is nested too deeply", hint="is it another file?") from None
     except yaml.YAMLError as fault:
         at = getattr(fault, "problem_mark", None)
         mark = None if at is None else _mark(path, text, at.line, at.column, 1)
@@ -134,6 +129,19 @@ def load_family(path: Path | str) -> FamilyData:
             length = len(node.value) if isinstance(node, yaml.ScalarNode) else 1
             mark = _mark(path, text, node.start_mark.line, node.start_mark.column, length)
         raise InputError(fault.problems[0].message, hint=fault.problems[0].hint, mark=mark) from None
+
+
+def _check_events(text: str, path: Path | str) -> None:
+    """Refuses what a few lines can make endless: aliases stand for billions of values or for one without end, and
+    yaml takes a time for each bracket that grows with the number of those it stands in."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            message = f"YAML aliases are not read in a family file: `*{event.anchor}` in {path}"
+            raise InputError(message, hint="write the value out")
+        if depth > _MOST_DEPTH:
+            raise InputError(f"the family file {path} is nested too deeply", hint="is it another file?")
 
 
 def _check_doubles(node: yaml.Node | None, file: str) -> None:
