@@ -93,8 +93,10 @@ def sized(entry: Any) -> int | None:
     dtype, shape = fields.get("dtype"), fields.get("shape")
     if not isinstance(dtype, str) or dtype not in DTYPES or not isinstance(shape, list):
         return None
-    if not all(type(size) is int and 0 <= size <= MOST_DATA for size in shape):
+    if not all(type(size) is int and 0 <= size < 2**64 for size in shape):
         return None
+    if 0 in shape:
+        return 0
     bits = prod(shape) * DTYPES[dtype]
     return bits // 8 if bits % 8 == 0 and bits <= 8 * MOST_DATA else None
 
@@ -142,9 +144,10 @@ def change(tree: Tree, r: random.Random) -> None:
         tree.insert(r.randrange(len(tree) + 1), (r.choice(NAMES) + str(r.randrange(100)), some_entry(r)))
 
     def metadata() -> None:
+        odd = Spelling(r.choice(SPELLINGS))
         value = Tree((r.choice(NAMES), r.choice([*NAMES, 1, None, []]) if r.random() < 0.2 else "v") for _ in range(2))
         tree.insert(
-            r.randrange(len(tree) + 1), ("__metadata__", r.choice([value, value, value, None, [], "x", Tree()]))
+            r.randrange(len(tree) + 1), ("__metadata__", r.choice([value, value, value, None, [], "x", Tree(), odd]))
         )
 
     def field() -> None:
@@ -184,7 +187,7 @@ def change(tree: Tree, r: random.Random) -> None:
         deep: Any = 1
         for _ in range(r.choice([3, 60, 125, 130, 900])):
             deep = [deep]
-        tree[i] = (tree[i][0], r.choice([*NUMBERS, fields, Tree(), deep]))
+        tree[i] = (tree[i][0], r.choice([*NUMBERS, fields, Tree(), deep, Spelling(r.choice(SPELLINGS))]))
 
     if not tree:
         add()
