@@ -75,5 +75,5 @@ LAUGHS = "a: &a0 [x, x]\n" + "".join(f"b{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for
 def test_a_family_file_that_is_a_bomb(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "family.yaml"
     path.write_text(text)
-    with pytest.raises(InputError, match=re.escape(message)):
+    with pytest.raises(InputError, match=re.escape(message) or None):
         load_family(path)
