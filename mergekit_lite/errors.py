@@ -16,6 +16,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+_SHOWN = 240  # characters of a line
+
 
 @dataclass(frozen=True, slots=True)
 class Mark:
@@ -44,8 +46,10 @@ class Problem:
             lines.append(f"  --> {printable(mark.file)}:{mark.line}:{mark.column}")
             if mark.text.strip():
                 gutter = " " * len(str(mark.line))
-                text = printable(mark.text.replace("\t", " "))
-                caret = " " * (mark.column - 1) + "^" * max(1, mark.length)
+                # A stranger's line may have a million characters: what stands around the place is shown.
+                cut = max(0, mark.column - 1 - _SHOWN // 2) if len(mark.text) > _SHOWN else 0
+                text = printable(mark.text[cut : cut + _SHOWN].replace("\t", " "))
+                caret = " " * (mark.column - 1 - cut) + "^" * min(max(1, mark.length), _SHOWN)
                 lines += [f" {gutter} |", f" {mark.line} | {text}", f" {gutter} | {caret}"]
         if self.hint:
             lines.append(f"hint: {printable(self.hint)}")
@@ -103,6 +107,8 @@ class InterruptedRun(MergeError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     """The known word nearest to `word`, or None where none is near."""
+    if len(word) > 200:  # a stranger's file may hold a word of megabytes, and comparing takes 40 bytes for each letter
+        return None
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return near[0] if near else None
 
@@ -117,5 +123,11 @@ def suggest(word: str, known: Iterable[str]) -> str | None:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters escaped: names come from strangers' files and must not drive the terminal."""
-    return "".join(c if c == "\n" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    """`text` as one line that shows all that is in it: it comes from strangers' files and must not drive the terminal.
+
+    Control characters, those that turn the direction of writing, line breaks (which could begin a line that looks like
+    ours) and all else that is invisible are escaped as Python does it, without quotes.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mergekit_lite.align.apply import Order, Permutations, fault, is_identity
+from mergekit_lite.checkpoint.inside import read_bytes
 from mergekit_lite.errors import InputError, suggest
 from mergekit_lite.family.spaces import Space
 
@@ -46,11 +46,10 @@ def read_file(path: str, spaces: Sequence[Space], digest: str | None = None) -> 
 def _read(path: str) -> bytes:
     hint = "`from` names a permute step, or a file that a run left under `permutations/`"
     try:
-        if Path(path).stat().st_size > MAX_BYTES:
-            raise InputError(f"`{path}` is too large for a file of permutations", hint=hint)
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read the permutations `{path}`: {error.strerror}", hint=hint) from None
+        return read_bytes(path, MAX_BYTES)
+    except InputError as error:
+        message = f"cannot read the permutations: {error.problems[0].message}"
+        raise InputError(message, hint=hint) from None
 
 
 def _parse(path: str, data: bytes, spaces: Sequence[Space]) -> dict[str, Order]:

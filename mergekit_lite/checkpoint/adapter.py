@@ -10,14 +10,14 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mergekit_lite.checkpoint.header import read_header
 from mergekit_lite.checkpoint.hub import fetch, is_hub_id
-from mergekit_lite.checkpoint.inside import inside, read_object
+from mergekit_lite.checkpoint.inside import inside, parse_object, read_bytes
 from mergekit_lite.checkpoint.meta import Adapter, Checkpoint, LowRank, ShardFile, TensorMeta
 from mergekit_lite.errors import InputError, Mark, Problem
 
@@ -39,6 +39,8 @@ _UNREAD: Mapping[str, str] = {
     "kasa_config": "uses KaSA, which changes the base's weights when it is loaded",
     "monteclora_config": "uses MonteCLoRA, which draws its weights at random",
 }
+# Of matching patterns; those of a large model's adapter with a pattern for each module take a tenth of it.
+_MOST_STEPS = 10**9
 # Where one of these stands in the configuration, peft changes the base's weights before it adds the adapter.
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "kasa")
 
@@ -124,11 +126,11 @@ def _config(path: Path) -> tuple[dict[str, Any], ShardFile]:
     """The configuration, and the file's identity, taken before it is read so that a later change shows."""
     try:
         found = path.stat()
-        config = read_object(path, _MAX_CONFIG_BYTES)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise InputError(f"cannot read `{path}`: {error.strerror}") from error
-    return config, ShardFile(str(path), found.st_size, found.st_mtime_ns, digest)
+        raise InputError(f"cannot read `{path}`: {error.strerror}", hint="download it again") from error
+    text = read_bytes(path, _MAX_CONFIG_BYTES)
+    digest = hashlib.sha256(text).hexdigest()
+    return parse_object(text, path), ShardFile(str(path), found.st_size, found.st_mtime_ns, digest)
 
 
 def _unreadable(location: str, config: Mapping[str, Any]) -> list[Problem]:
@@ -202,10 +204,14 @@ def _modules(
         problems.append(Problem(message, None, _FOLD))
     if not metas:
         problems.append(Problem(f"the adapter `{location}` holds no tensors", None, "download it again"))
+    if _steps(parts, config) > _MOST_STEPS:
+        message = f"the adapter `{location}` has too many patterns in `alpha_pattern`, or too long names of modules"
+        raise InputError(message, hint=_FOLD)
+    patterns = {re.compile(key): float(alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()}
     low_rank: dict[str, LowRank] = {}
     alone: list[str] = []
     for module, found in parts.items():
-        made = _low_rank(module, found, config)
+        made = _low_rank(module, found, config, patterns)
         if made is None:
             alone += [meta.name for meta in found.values()]
         else:
@@ -219,7 +225,23 @@ def _modules(
     return low_rank, whole
 
 
-def _low_rank(module: str, found: Mapping[str, TensorMeta], config: Mapping[str, Any]) -> LowRank | None:
+def _steps(modules: Iterable[str], config: Mapping[str, Any]) -> int:
+    """How many steps it takes at most to match all patterns with all modules: each from all starts in a name, and once
+    more along the name for each repetition."""
+    by_repeats = [0, 0, 0]
+    for name in modules:
+        for repeats in range(3):
+            by_repeats[repeats] += (1 + name.count(".")) * len(name) ** repeats
+    patterns = config.get("alpha_pattern") or {}
+    return sum(by_repeats[sum(map(pattern.count, "*+?{"))] for pattern in patterns)
+
+
+def _low_rank(
+    module: str,
+    found: Mapping[str, TensorMeta],
+    config: Mapping[str, Any],
+    patterns: Mapping[re.Pattern[str], float],
+) -> LowRank | None:
     """What is added to one module; None where parts of it are missing or do not go together."""
     embedding = "lora_embedding_A" in found
     a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
@@ -228,18 +250,18 @@ def _low_rank(module: str, found: Mapping[str, TensorMeta], config: Mapping[str,
     if not {a, b} <= set(found) <= known or (magnitude is not None) != (config.get("use_dora") is True):
         return None
     rank = found[a].shape[0] if found[a].shape else 0
-    alpha = _alpha(module, config)
+    alpha = _alpha(module, patterns, float(config["lora_alpha"]))
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") is True else rank) if rank else 0.0
     return LowRank(found[a], found[b], float(scale), embedding, magnitude, bias)
 
 
-def _alpha(module: str, config: Mapping[str, Any]) -> float:
+def _alpha(module: str, patterns: Mapping[re.Pattern[str], float], otherwise: float) -> float:
     """The module's `lora_alpha`: that of the first pattern that is its name or the end of it, as peft finds it."""
     starts = [0, *(match.end() for match in re.finditer(r"\.", module))]
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        if any(re.compile(pattern).fullmatch(module, start) for start in starts):
-            return float(alpha)
-    return float(config["lora_alpha"])
+    for pattern, alpha in patterns.items():
+        if any(pattern.fullmatch(module, start) for start in starts):
+            return alpha
+    return otherwise
 
 
 def _few(names: list[str]) -> str:

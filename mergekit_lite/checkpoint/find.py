@@ -133,7 +133,7 @@ def _all_there(listing: _Listing, names: Sequence[str], location: str) -> _Listi
 def _read_index(folder: Path, location: str, index: str) -> _Listing:
     """The files that the index names. Raises InputError where one has a name that leads out of the folder."""
     shown = os.path.join(location, index)
-    weight_map = read_object(inside(folder, index), _MAX_INDEX_BYTES).get("weight_map")
+    weight_map = read_object(inside(folder, index), _MAX_INDEX_BYTES, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"`{shown}` has no `weight_map` from tensor names to file names", hint="download it again")
     files = sorted(set(weight_map.values()))
@@ -148,12 +148,15 @@ def _read_index(folder: Path, location: str, index: str) -> _Listing:
 
 def _check_numbers(files: Iterable[str], location: str) -> None:
     """Raises InputError where files named -00001-of-00003 and so on are not all there."""
-    for match in filter(None, map(_NUMBERED.fullmatch, files)):
-        width, count = len(match["count"]), int(match["count"])
+    present = set(files)
+    # Each set of shards once: to ask for all the others at each of a hundred thousand files would take days.
+    for stem, digits in dict.fromkeys((m["stem"], m["count"]) for m in map(_NUMBERED.fullmatch, files) if m):
+        width, count = len(digits), int(digits)
         if count > 100_000:
-            raise InputError(f"`{os.path.join(location, match[0])}` claims to be one of {count} shards")
-        wanted = [f"{match['stem']}-{i:0{width}d}-of-{match['count']}.safetensors" for i in range(1, count + 1)]
-        missing = sorted(set(wanted) - set(files))
+            hint = "download it again; no model has so many files"
+            raise InputError(f"a file `{stem}-...` in `{location}` claims to be one of {count} shards", hint=hint)
+        wanted = [f"{stem}-{i:0{width}d}-of-{digits}.safetensors" for i in range(1, count + 1)]
+        missing = sorted(set(wanted) - present)
         if missing:
             raise InputError(_missing(missing, count, location))
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_lite.checkpoint.inside import at_once
 from mergekit_lite.checkpoint.meta import DTYPE_BITS, ShardFile, TensorMeta
 from mergekit_lite.errors import InputError, did_you_mean
 
@@ -36,9 +37,9 @@ class Header:
     shard: ShardFile
 
 
-# Headers by their SHA-256: a fine-tune's file most often has the header of its base's.
-_KNOWN: dict[str, Header] = {}
-_MOST_KNOWN = 1 << 17  # tensors
+# Headers by their SHA-256, with their bytes: a fine-tune's file most often has the header of its base's.
+_KNOWN: dict[str, tuple[int, Header]] = {}
+_MOST_KNOWN = 1 << 24  # bytes of all, which take some twenty times as much in memory
 
 
 def read_header(path: Path, shown: str) -> Header:
@@ -48,10 +49,8 @@ def read_header(path: Path, shown: str) -> Header:
     safetensors file.
     """
     try:
-        # Opening a pipe would wait for a writer; O_NONBLOCK lets the check for a regular file come first.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(fd, "rb", buffering=0) as file:
-            found = os.fstat(fd)
+        with open(path, "rb", buffering=0, opener=at_once) as file:
+            found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise InputError(f"`{shown}` is not a regular file", hint="name a .safetensors file")
             text = _header_bytes(file, found.st_size, shown)
@@ -59,7 +58,7 @@ def read_header(path: Path, shown: str) -> Header:
         raise InputError(f"cannot read `{shown}`: {error.strerror}") from error
     digest = hashlib.sha256(text).hexdigest()
     shard = ShardFile(str(path), found.st_size, found.st_mtime_ns, digest)
-    twin = _KNOWN.get(digest)
+    _, twin = _KNOWN.get(digest, (0, None))
     if twin is not None and twin.shard.nbytes == found.st_size:
         moved = [TensorMeta(t.name, t.shape, t.dtype, shard.path, t.start, t.nbytes) for t in twin.tensors]
         return Header(tuple(moved), dict(twin.metadata), shard)
@@ -71,10 +70,10 @@ def read_header(path: Path, shown: str) -> Header:
     tensors.sort(key=lambda meta: (meta.start, meta.start + meta.nbytes))
     _check_offsets(tensors, first, found.st_size, shown)
     header = Header(tuple(tensors), metadata, shard)
-    if sum(len(known.tensors) for known in _KNOWN.values()) + len(tensors) > _MOST_KNOWN:
-        _KNOWN.clear()
-    if len(tensors) <= _MOST_KNOWN:
-        _KNOWN[digest] = header
+    if len(text) <= _MOST_KNOWN:
+        if sum(nbytes for nbytes, _ in _KNOWN.values()) + len(text) > _MOST_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[digest] = (len(text), header)
     return header
 
 

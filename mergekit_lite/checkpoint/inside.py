@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +54,56 @@ def _homes(folder: Path) -> list[Path]:
     return homes
 
 
-def read_object(path: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in the file at `path`, which may have `limit` bytes at most.
+def at_once(path: str, flags: int) -> int:
+    """An opener for `open` that does not wait, as it would at a pipe until there is a writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
-    NaN and Infinity are accepted, since transformers writes them. Raises InputError for anything else than an object.
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """The bytes of the regular file at `path`, `limit` at most. Raises InputError for a larger one, a pipe, a device, a
+    folder and whatever cannot be read."""
+    hint = "put the right file there, or download it again"
+    try:
+        with open(path, "rb", buffering=0, opener=at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InputError(f"`{path}` is not a regular file", hint=hint)
+            parts = [b""]
+            left = limit + 1
+            while left and (part := file.read(left)):
+                parts.append(part)
+                left -= len(part)
+    except OSError as error:
+        raise InputError(f"cannot read `{path}`: {error.strerror}", hint=hint) from error
+    if not left:
+        raise InputError(f"`{path}` has more than {limit} bytes, too many for a file of its kind", hint=hint)
+    return b"".join(parts)
+
+
+def read_object(path: Path, limit: int, *, unique: bool = False) -> dict[str, Any]:
+    """The JSON object in the file at `path`, which may have `limit` bytes at most. Raises InputError as `read_bytes`
+    and `parse_object` do."""
+    return parse_object(read_bytes(path, limit), path, unique=unique)
+
+
+def parse_object(text: bytes, path: Path, *, unique: bool = False) -> dict[str, Any]:
+    """The JSON object that `text`, read from `path`, writes.
+
+    NaN and Infinity are accepted, since transformers writes them. A key that stands twice in an object has its last
+    value, as in transformers, or with `unique` is an error. Raises InputError for anything else than an object.
     """
     hint = "download the file again"
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(found)
+        if len(made) < len(found):
+            twice = Counter(key for key, _ in found).most_common(1)[0][0]
+            raise InputError(
+                f"`{twice[:200]}` stands twice in `{path}`, and two readers may take two values", hint=hint
+            )
+        return made
+
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(fd, "rb") as file:
-            text = file.read(limit + 1)
-    except OSError as error:
-        raise InputError(f"cannot read `{path}`: {error.strerror}") from error
-    if len(text) > limit:
-        raise InputError(f"`{path}` has more than {limit} bytes, too many for a file of its kind", hint=hint)
-    try:
-        made = json.loads(text.decode("utf-8-sig"))
+        made = json.loads(text.decode("utf-8-sig"), object_pairs_hook=pairs if unique else None)
     except UnicodeDecodeError as error:
         raise InputError(f"`{path}` is not UTF-8 at byte {error.start}", hint=hint) from error
     except RecursionError as error:

@@ -33,7 +33,7 @@ from mergekit_lite.cli.plan import PlanCommand, plan
 from mergekit_lite.cli.processor import choose_sorts
 from mergekit_lite.cli.run import run
 from mergekit_lite.cli.verify import verify
-from mergekit_lite.errors import InterruptedRun, MergeError, Problem, UsageError, did_you_mean, printable
+from mergekit_lite.errors import InterruptedRun, MergeError, Problem, UsageError, did_you_mean
 
 COMMANDS = (run, plan, convert, methods, inspect, diff, path, doctor, verify)
 # The root of what a bad command line raises. Typer brings its own copy of Click since 0.26, and no public name for it.
@@ -80,7 +80,7 @@ def options(
 ) -> None:
     """Merge neural-network checkpoints from YAML recipes, streaming, in little memory."""
     if ctx.invoked_subcommand is None:
-        show.line(ctx.get_help().rstrip())
+        show.text(ctx.get_help().rstrip())
 
 
 for _command in COMMANDS:
@@ -157,7 +157,7 @@ def _usage_problem(error: Any, arguments: Sequence[str]) -> Problem:
 def _bug(fault: Exception, as_json: bool) -> int:
     message = f"this is a bug of mergekit_lite {_release()}: {type(fault).__name__}: {fault}"
     for text in traceback.format_exc().splitlines():
-        show.note(printable(text), "dim")
+        show.note(text, "dim")
     hint = "please report it with the lines above, the recipe and the command, where you got mergekit_lite from"
     return _report([Problem(message, None, hint)], MergeError.exit_code, as_json)
 

@@ -65,7 +65,7 @@ def plan(
     if json:
         show.json(explain.as_json(made, count))
     elif dag is Drawing.mermaid:
-        show.line(explain.mermaid(made))
+        show.text(explain.mermaid(made))
     elif dag is Drawing.text:
         for text in explain.tree(made):
             show.line(text)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_lite.cli import options, show
-from mergekit_lite.errors import InterruptedRun, MergeError, Problem
+from mergekit_lite.errors import InterruptedRun, MergeError, Problem, printable
 
 if TYPE_CHECKING:
     from mergekit_lite.merge import Result
@@ -269,7 +269,7 @@ def _display(wanted: bool) -> Iterator[Callable[[Progress], None]]:
 
 def label(progress: Progress) -> str:
     """What stands before the bar: the step at work, or that its units or statistics are looked at first."""
-    return progress.step if progress.phase == "merge" else f"{progress.phase} {progress.step}"
+    return printable(progress.step if progress.phase == "merge" else f"{progress.phase} {progress.step}")
 
 
 def passes(progress: Progress) -> tuple[int, int]:
@@ -284,7 +284,7 @@ def detail_of(progress: Progress, rate: float) -> str:
         number, done = passes(progress)
         return f"{done}/{progress.total}  pass {number}  {show.size(rate)}/s"
     if progress.phase == "align":
-        return f"{progress.done}/{progress.total}  {progress.label}"
+        return printable(f"{progress.done}/{progress.total}  {progress.label}")
     place = f"{progress.tensors}/{progress.all_tensors}  shard {progress.shard}/{progress.shards}"
     if progress.within is not None:
         return f"{place}  iteration {progress.within[0]}/{progress.within[1]}"

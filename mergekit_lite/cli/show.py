@@ -4,8 +4,8 @@
     note, problems, warnings  talk, to stderr
     size, count, ...          numbers for people, from plan/words.py
 
-Text from strangers' files is safe here: control characters are escaped, nothing is read as rich markup, and secrets are
-taken out.
+Text from strangers' files is safe here: control characters and line breaks are escaped, nothing is read as rich markup,
+and secrets are taken out.
 """
 
 from __future__ import annotations
@@ -63,16 +63,17 @@ def note(text: str = "", style: str = "") -> None:
 
 
 def text(lines: str) -> None:
-    """Text of many lines, a file for example, to stdout as it is."""
+    """Text of many lines, a file for example, to stdout as it is but for control characters."""
     out = console()
-    for one in lines.splitlines():
+    for one in lines.removesuffix("\n").split("\n"):
         _line(out, one, "")
 
 
 def json(data: Any) -> None:
     """The result as JSON, to stdout. The only place that writes JSON: NaN and infinities become null, and everything
     outside ASCII is escaped."""
-    print(jsonlib.dumps(_plain(data), indent=2, allow_nan=False))
+    # DEL is the one control character that JSON leaves as it is.
+    print(jsonlib.dumps(_plain(data), indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
 
 
 def problems(found: Iterable[Problem], kind: str = "error") -> None:

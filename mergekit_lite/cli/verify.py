@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_lite.cli import bar, options, show
+from mergekit_lite.cli.confine import check_inside
 from mergekit_lite.errors import MergeError
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ def verify(
     inputs: Annotated[
         bool, typer.Option("--inputs", help="Hold the inputs against the lock too; the Hub is not asked.")
     ] = False,
+    allow_pickle: options.AllowPickle = False,
+    sandbox: options.Sandbox = None,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
@@ -35,6 +38,7 @@ def verify(
     from mergekit_lite import merge
     from mergekit_lite.report.verify import verify as check
 
+    check_inside([output])
     count = threads or merge.default_threads()
     with contextlib.ExitStack() as display:
 
@@ -45,7 +49,7 @@ def verify(
         display.close()
         faults = list(found.faults)
         if inputs and found.recipe is not None:
-            faults += _inputs(found.recipe, count, start)
+            faults += _inputs(found.recipe, allow_pickle, count, start)
     if json:
         show.json(_as_json(found, faults, inputs))
     else:
@@ -58,7 +62,9 @@ def verify(
         raise typer.Exit(1)
 
 
-def _inputs(recipe: Recipe, threads: int, start: Callable[[int], Callable[[int], None]]) -> Iterator[Fault]:
+def _inputs(
+    recipe: Recipe, allow_pickle: bool, threads: int, start: Callable[[int], Callable[[int], None]]
+) -> Iterator[Fault]:
     """What differs between the inputs as they lie there now and what the lock says of them."""
     from mergekit_lite import merge
     from mergekit_lite.plan.lock import changed_inputs
@@ -69,7 +75,8 @@ def _inputs(recipe: Recipe, threads: int, start: Callable[[int], Callable[[int],
     wanted = (recipe.lock or {}).get("inputs") or {}
     for name in wanted:
         try:
-            checkpoints.update(merge.open_models(recipe, [name] if name in recipe.models else [], offline=True))
+            known = [name] if name in recipe.models else []
+            checkpoints.update(merge.open_models(recipe, known, True, allow_pickle))
         except MergeError as error:
             yield from (Fault(f"input {name}", p.message, None, p.hint) for p in error.problems)
     files = {file.path: file.nbytes for checkpoint in checkpoints.values() for file in checkpoint.shards}

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_lite.checkpoint.inside import inside, read_bytes
 from mergekit_lite.errors import InputError, MergeError, RecipeError
 from mergekit_lite.plan.lock import NAME
 from mergekit_lite.recipe.model import Recipe
 from mergekit_lite.recipe.read import parse, read_file
+from mergekit_lite.recipe.source import MAX_BYTES
 from mergekit_lite.report.check import Check, count, fail, failures, few, ok, warn
 from mergekit_lite.run.digest import file_digests
 
@@ -36,7 +38,8 @@ class Promise:
 def read_promises(folder: Path) -> tuple[Recipe, list[Promise]]:
     """The recipe in the lock of a folder, and what the lock says of each output; no outputs where it is a recipe and no
     more. Raises InputError where the file cannot be read and RecipeError where it is no lock."""
-    path = folder / NAME
+    path = inside(folder, NAME)
+    read_bytes(path, MAX_BYTES)  # refuses a pipe and a device
     recipe, problems = parse(read_file(path), str(path))
     if recipe is None or problems:
         raise RecipeError(problems)

@@ -191,8 +191,9 @@ def test_patterns_are_tried_as_peft_does(words: list[str], patterns: list[str]) 
 
     module = ".".join(words)
     numbers = {pattern: number + 1.0 for number, pattern in enumerate(patterns)}
+    compiled = {re.compile(pattern): number for pattern, number in numbers.items()}
     theirs = next((n for key, n in numbers.items() if re.match(rf"(.*\.)?({key})$", module)), 8.0)
-    assert _alpha(module, {**CONFIG, "alpha_pattern": numbers}) == theirs
+    assert _alpha(module, compiled, CONFIG["lora_alpha"]) == theirs
 
 
 def test_patterns_that_backtrack_without_end_are_refused_before_they_are_tried(tmp_path: Path) -> None:

@@ -3,13 +3,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 from pathlib import Path
 
 import pytest
 import safetensors
 import safetensors.torch
 import torch
+from header_oracle import library_accepts, stricter_reason
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from raw_safetensors import entry, raw
@@ -20,14 +20,6 @@ from mergekit_lite.checkpoint.meta import DTYPE_BITS
 from mergekit_lite.errors import InputError
 
 FOUR = b"1234"
-
-
-def library_accepts(blob: bytes) -> bool:
-    try:
-        safetensors.deserialize(blob)
-    except safetensors.SafetensorError:
-        return False
-    return True
 
 
 def verdict(folder: Path, blob: bytes) -> str | None:
@@ -214,24 +206,6 @@ def test_every_dtype_the_sub_byte_ones_too(data: st.DataObject, codes: list[str]
         place += bits // 8
     order = data.draw(st.permutations(list(header)))
     assert_same(tmp_path, raw({name: header[name] for name in order}, os.urandom(place)))
-
-
-def stricter_reason(blob: bytes) -> bool:
-    """True where the header is one of the documented cases that only the library accepts."""
-    text = blob[8 : 8 + struct.unpack("<Q", blob[:8])[0]]
-    found = [not text.startswith(b"{")]
-
-    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
-        found.append(len(dict(items)) < len(items))
-        return dict(items)
-
-    for name, value in json.loads(text, object_pairs_hook=pairs).items():
-        if name == "__metadata__":
-            continue
-        found.append(name == "" or not isinstance(value, dict))
-        found.append(isinstance(value, dict) and value.keys() != {"dtype", "shape", "data_offsets"})
-        found.append(isinstance(value, dict) and isinstance(value.get("dtype"), dict))  # {"F32": null}
-    return any(found)
 
 
 SEEDS = [
