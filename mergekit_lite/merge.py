@@ -70,25 +70,30 @@ def plan(
     out: str | Path | None = None,
     threads: int | None = None,
     block: int | None = None,
+    memory: int | str | None = None,
     offline: bool = False,
     check_output: bool = True,
 ) -> Plan:
     """Plan `recipe` from the headers of its checkpoints. Nothing is written.
 
     `out` replaces the output folder of the recipe's only save. `threads` (default: the cores of this process) and
-    `block` (elements) change memory and speed, never a byte of the result. `check_output` False leaves out whether the
-    output folders are free, for looking at a plan whose result exists. Raises RecipeError and InputError, each with all
-    faults that were found.
+    `block` (elements) change memory and speed, never a byte of the result. `memory` (bytes, or a text such as `300MB`)
+    is what this process may take of anonymous memory, Python and torch included: the plan chooses what of the two was
+    not given so that it is kept, and raises RecipeError with the smallest figure that would do where it cannot be.
+    `check_output` False leaves out whether the output folders are free, for looking at a plan whose result exists.
+    Raises RecipeError and InputError, each with all faults that were found, UsageError where `memory` is no size.
     """
+    from mergekit_lite.plan.budget import memory_bytes, within
     from mergekit_lite.plan.build import build_plan, no_collection, used_models
     from mergekit_lite.plan.order import BLOCK
 
     if out is not None and len(recipe.saves) > 1:
         hint = "remove `--out`, or change one with `--set save.0.to=DIR`"
         raise RecipeError(Problem(f"`--out` names one folder, the recipe saves {len(recipe.saves)}", None, hint))
+    budget = None if memory is None else memory_bytes(memory)
     with no_collection():
         checkpoints = _open_all(recipe, used_models(recipe), offline)
-        return build_plan(
+        made = build_plan(
             recipe,
             checkpoints,
             out=Path(out) if out is not None else None,
@@ -96,6 +101,11 @@ def plan(
             block=block or BLOCK,
             check_output=check_output,
         )
+        if budget is None:
+            return made
+        from mergekit_lite.run.standing import standing
+
+        return within(made, budget, standing(made), threads, block, default_threads())
 
 
 def default_threads() -> int:
@@ -140,11 +150,13 @@ def run(
     `strict` stops at the first non-finite number of an input. `device` is where kernels run: `cpu`, `cuda`, `cuda:1`,
     or with `auto` the first GPU if there is one. `ranks` are the processes that share the merge, each of which calls
     this with the plan that they agreed on (`Ranks.agree`); rank 0 gives the result of all, the others that of their
-    share. Raises UsageError where there is no such device, StoppedError where the run cannot go on (the disk is full,
-    another run writes there, another rank failed), InputError where an input has changed or cannot be read,
-    InterruptedRun on Ctrl-C.
+    share. A plan with a budget of memory says itself how many threads and how large blocks. Raises UsageError where
+    there is no such device or the plan's budget is not for it, or for these threads and blocks; StoppedError where the
+    run cannot go on (the disk is full, another run writes there, another rank failed), InputError where an input has
+    changed or cannot be read, InterruptedRun on Ctrl-C.
     """
     from mergekit_lite.checkpoint.reader import Reader
+    from mergekit_lite.plan.budget import check_budget
     from mergekit_lite.plan.lock import changed_inputs, changed_outputs, lock_text
     from mergekit_lite.plan.order import BLOCK
     from mergekit_lite.run.digest import Digests, file_digests
@@ -159,6 +171,9 @@ def run(
     began = time.perf_counter()
     ranks = ranks or ALONE
     count = threads or max(1, default_threads() // len(ranks.here))
+    if plan.memory is not None:
+        check_budget(plan, threads, block, device)
+        count, block = min(count, plan.threads), block or plan.block
     files = input_files(plan)
     shares = divide(plan, files, ranks.count)
     share = shares[ranks.number]

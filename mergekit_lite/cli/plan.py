@@ -46,21 +46,23 @@ def plan(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every output tensor and how it is made.")] = False,
     offline: options.Offline = False,
     threads: options.Threads = None,
+    block: options.Block = None,
+    memory: options.Memory = None,
     json: options.Json = False,
 ) -> None:
     """Show what a run would do: steps, bytes, memory, time, files.
 
     Reads the recipe and the headers of its checkpoints, never a weight, and finds every fault that a run would find
     before it starts. The time is what the machine of benchmarks/RESULTS.md would take; --json has it as `seconds`.
-    --dag without a word draws as text.
+    --dag without a word draws as text. --memory chooses the block size and the threads that keep within it.
     """
     from mergekit_lite import merge
     from mergekit_lite.plan import explain
 
-    count = threads or merge.default_threads()
-    made = merge.plan(merge.load_recipe(recipe, set_ or ()), out=out, threads=count, offline=offline)
+    read = merge.load_recipe(recipe, set_ or ())
+    made = merge.plan(read, out=out, threads=threads, block=block, memory=memory, offline=offline)
     if json:
-        show.json(explain.as_json(made, count))
+        show.json(explain.as_json(made, made.threads))
     elif dag is Drawing.mermaid:
         show.line(explain.mermaid(made))
     elif dag is Drawing.text:
@@ -73,6 +75,6 @@ def plan(
             rows = [row[1:] for row in explain.tensors(made) if row[0] == output.to]
             show.table(columns, rows, right=["offset"])
     else:
-        for text in explain.summary(made, count):
+        for text in explain.summary(made, made.threads):
             show.line(text)
     show.warnings(made.warnings)

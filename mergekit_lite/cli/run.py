@@ -32,6 +32,7 @@ def run(
     offline: options.Offline = False,
     threads: options.Threads = None,
     block: options.Block = None,
+    memory: options.Memory = None,
     device: options.Device = "cpu",
     json: options.Json = False,
 ) -> None:
@@ -51,7 +52,7 @@ def run(
 
         def make() -> Plan:
             read = merge.load_recipe(recipe, set_ or ())
-            return merge.plan(read, out=out, threads=threads, block=block, offline=offline)
+            return merge.plan(read, out=out, threads=threads, block=block, memory=memory, offline=offline)
 
         made = ranks.agree(make, resume=resume, strict=strict)
         before = made.warnings
