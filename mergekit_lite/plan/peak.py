@@ -13,6 +13,9 @@ from mergekit_lite.plan.order import COPY_BLOCK, among, beside, grain_of, walk
 
 THREAD = 3 << 22  # bytes of one thread's stack and of what its allocator keeps for later
 STATISTIC = 3 << 21  # bytes that a statistic gathers at most: keys near a threshold and their places
+# glibc keeps blocks that are freed, and not every next one fits in what is left between those in use. Larger ones, from
+# `MAPPED` bytes on, it gives back.
+KEPT, MAPPED = 1.5, 1 << 25
 KERNEL = 4  # blocks: a stored one, and the temporaries of one kernel
 # The same of methods that take more: blocks of the compute dtype, and further ones for each input.
 KERNELS: Mapping[str, tuple[float, float]] = {
@@ -22,8 +25,23 @@ KERNELS: Mapping[str, tuple[float, float]] = {
 }
 # What a matrix method takes beside its inputs and its result, in matrices of float64: of the tensor's shape once and
 # for each input, and square ones with as many rows as the tensor has columns. Measured, and rounded up.
-MATRIX: Mapping[str, tuple[float, float, float]] = {}
-MATRIX_OTHER = (6.0, 2.0, 0.0)
+MATRIX: Mapping[str, tuple[float, float, float]] = {
+    "ace": (7.0, 0.0, 7.0),
+    "cart": (9.0, 1.0, 0.0),
+    "core_space": (6.0, 4.0, 0.0),
+    "from_shared": (6.0, 0.0, 0.0),
+    "iso_c": (6.5, 0.0, 0.0),
+    "iso_cts": (7.0, 2.0, 0.0),
+    "merge_in_shared": (5.0, 5.0, 0.0),
+    "regmean": (4.0, 1.0, 5.0),
+    "shared_basis": (7.0, 1.0, 0.0),
+    "star": (5.0, 1.0, 0.0),
+    "svc": (7.0, 0.5, 0.0),
+    "to_shared": (6.0, 0.0, 0.0),
+    "tsv_m": (3.0, 3.0, 0.0),
+    "wudi": (6.0, 0.0, 4.0),
+}
+MATRIX_OTHER = (10.0, 4.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +81,7 @@ def peak_of(
         reaches = [node.reach for node in unit.nodes]
         # Where nothing works on rows or matrices, all nodes have one shape: such units are alike but for a few things.
         alike = "row" not in reaches and "matrix" not in reaches
-        kinds[(unit.nodes[-1].shape, *reaches) if alike else id(unit.nodes)] = unit
+        kinds.setdefault((unit.nodes[-1].shape, *reaches) if alike else id(unit.nodes), unit)
     for unit in kinds.values():
         nbytes = block_bytes(unit.nodes, block, size)
         if is_whole(unit.nodes):
@@ -137,6 +155,10 @@ def block_bytes(nodes: Sequence[Node], block: int, size: int) -> int:
         way, owner = aside.get(node.id, ("", node))
         if way:
             blocks += size * (2 * node.numel if way != "rows" else node.numel * elements // max(1, owner.numel))
+    if is_whole(nodes):
+        blocks = math.ceil(size * (sum(n.numel for n in nodes) + kernels * numel))
+    elif elements * size < MAPPED:
+        blocks = math.ceil(KEPT * blocks)
     # A row method sorts: values, indices and a copy.
     sorting = 24 * elements if any(n.reach == "row" for n in nodes) else 0
     counters = sum(STATISTIC for n in nodes if n.reach in ("measured", "pooled"))
@@ -152,6 +174,8 @@ def matrix_bytes(node: Node) -> int:
     """What a decomposition takes in double precision, beside the node's inputs and its result."""
     assert node.method is not None
     once, each, square = MATRIX.get(node.method.name, MATRIX_OTHER)
+    if node.method.name == "tsv_m":  # keeps no more of each input than this share
+        each *= dict(node.params)["rank_share"] or 1 / len(node.inputs)
     shape = max((n.shape for n in (node, *node.inputs)), key=math.prod)
     rows, columns = max(1, math.prod(shape[:1])), max(1, math.prod(shape[1:]))
     if min(rows, columns) == 1:
