@@ -156,7 +156,8 @@ def block_bytes(nodes: Sequence[Node], block: int, size: int) -> int:
         if way:
             blocks += size * (2 * node.numel if way != "rows" else node.numel * elements // max(1, owner.numel))
     if is_whole(nodes):
-        blocks = math.ceil(size * (sum(n.numel for n in nodes) + kernels * numel))
+        held = sum((2 if n.id in aside else 1) * n.numel for n in nodes)
+        blocks = math.ceil(size * (held + kernels * numel))
     elif elements * size < MAPPED:
         blocks = math.ceil(KEPT * blocks)
     # A row method sorts: values, indices and a copy.
