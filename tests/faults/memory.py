@@ -3,8 +3,9 @@
     python tests/faults/memory.py --models DIR --budgets 300MB,500MB,1GB --recipes ties,tsv_m
 
 DIR is made and filled with four models of about 70 million parameters where it does not exist; recipes and outputs go
-beside them and outputs are removed. Prints a row for each recipe and budget, and for each refusal one more
-with the figure that it names. Leaves with 1 where a run had more than its budget, failed, or made other bytes than without one.
+beside them and outputs are removed. Prints a row for each recipe and budget, and for each refusal one more with the
+figure that it names. Leaves with 1 where a run had more than its budget, failed, or made other bytes than without
+one.
 """
 
 from __future__ import annotations
