@@ -16,6 +16,7 @@ STATISTIC = 3 << 21  # bytes that a statistic gathers at most: keys near a thres
 # glibc keeps blocks that are freed, and not every next one fits in what is left between those in use. Larger ones, from
 # `MAPPED` bytes on, it gives back.
 KEPT, MAPPED = 1.5, 1 << 25
+SEARCH = 1.75  # the same for the search of an order of units, which holds tensors of many sizes in turn
 KERNEL = 4  # blocks: a stored one, and the temporaries of one kernel
 # The same of methods that take more: blocks of the compute dtype, and further ones for each input.
 KERNELS: Mapping[str, tuple[float, float]] = {
@@ -135,7 +136,10 @@ def _alignment(alignment: Alignment, size: int) -> Need:
             children.setdefault(space.parent, []).append(space)
     sizes = {s.name: matching_bytes(s, shapes, children=children.get(s.name, ()), number=size) for s in chosen}
     worst = max(sizes, key=lambda name: sizes[name])
-    return Need(sizes[worst], f"`{alignment.name}` needs the tensors of the space `{worst}` of two models at once")
+    return Need(
+        math.ceil(SEARCH * sizes[worst]),
+        f"`{alignment.name}` needs the tensors of the space `{worst}` of two models at once",
+    )
 
 
 def block_bytes(nodes: Sequence[Node], block: int, size: int) -> int:

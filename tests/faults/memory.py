@@ -115,7 +115,7 @@ def merge(*words: str) -> Ran:
     """`merge` with these words and `--json`, in a process of its own that is watched."""
     process = subprocess.Popen(
         [sys.executable, "-m", "mergekit_lite", *words, "--json"],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1", "MERGEKIT_LITE_CACHE": "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
