@@ -78,6 +78,7 @@ def plan(
     out: str | Path | None = None,
     threads: int | None = None,
     block: int | None = None,
+    memory: int | str | None = None,
     offline: bool = False,
     allow_pickle: bool = False,
     check_output: bool = True,
@@ -85,11 +86,15 @@ def plan(
     """Plan `recipe` from the headers of its checkpoints. Nothing is written.
 
     `out` replaces the output folder of the recipe's only save. `threads` (default: the cores of this process) and
-    `block` (elements) change memory and speed, never a byte of the result. `allow_pickle` reads checkpoints of
-    `torch.save` too, as plain data, never as code. `check_output` False leaves out whether the output folders are free,
-    for looking at a plan whose result exists. Raises RecipeError and InputError, each with all faults that were found;
-    within `sandbox.confined` first of all those places that lie outside.
+    `block` (elements) change memory and speed, never a byte of the result. `memory` (bytes, or a text such as `300MB`)
+    is what this process may take of anonymous memory, Python and torch included: the plan chooses what of the two was
+    not given so that it is kept, and raises RecipeError with the smallest figure that would do where it cannot be.
+    `allow_pickle` reads checkpoints of `torch.save` too, as plain data, never as code. `check_output` False leaves out
+    whether the output folders are free, for looking at a plan whose result exists. Raises RecipeError and InputError,
+    each with all faults that were found, within `sandbox.confined` first of all those places that lie outside, and
+    UsageError where `memory` is no size.
     """
+    from mergekit_lite.plan.budget import memory_bytes, within
     from mergekit_lite.plan.build import build_plan, no_collection, used_models
     from mergekit_lite.plan.order import BLOCK
 
@@ -103,9 +108,10 @@ def plan(
         problems = outside(recipe, all_methods(), Path(out) if out is not None else None, box)
         if problems:
             raise RecipeError(problems)
+    budget = None if memory is None else memory_bytes(memory)
     with no_collection():
         checkpoints = open_models(recipe, used_models(recipe), offline or box is not None, allow_pickle)
-        return build_plan(
+        made = build_plan(
             recipe,
             checkpoints,
             out=Path(out) if out is not None else None,
@@ -113,6 +119,11 @@ def plan(
             block=block or BLOCK,
             check_output=check_output,
         )
+        if budget is None:
+            return made
+        from mergekit_lite.run.standing import standing
+
+        return within(made, budget, standing(made), threads, block, default_threads())
 
 
 def default_threads() -> int:
@@ -163,11 +174,14 @@ def run(
     `strict` stops at the first non-finite number of an input or of what is made of them. `device` is where kernels run:
     `cpu`, `cuda`, `cuda:1`, or with `auto` the first GPU if there is one. `ranks` are the processes that share the
     merge, each of which calls this with the plan that they agreed on (`Ranks.agree`); rank 0 gives the result of all,
-    the others that of their share. Raises UsageError where there is no such device, StoppedError where the run cannot
-    go on (the disk is full, another run writes there, another rank failed, `strict` found a number that the merge
-    made), InputError where an input has changed or cannot be read, InterruptedRun on Ctrl-C.
+    the others that of their share. A plan with a budget of memory says itself how many threads and how large blocks.
+    Raises UsageError where there is no such device or the plan's budget is not for it, or for these threads and blocks;
+    StoppedError where the run cannot go on (the disk is full, another run writes there, another rank failed, `strict`
+    found a number that the merge made), InputError where an input has changed or cannot be read, InterruptedRun on
+    Ctrl-C.
     """
     from mergekit_lite.checkpoint.reader import Reader
+    from mergekit_lite.plan.budget import check_budget
     from mergekit_lite.plan.lock import changed_inputs, changed_outputs, lock_text
     from mergekit_lite.plan.order import BLOCK
     from mergekit_lite.run.digest import Digests, file_digests
@@ -182,6 +196,9 @@ def run(
     began = time.perf_counter()
     ranks = ranks or ALONE
     count = threads or max(1, default_threads() // len(ranks.here))
+    if plan.memory is not None:
+        check_budget(plan, threads, block, device)
+        count, block = min(count, plan.threads), block or plan.block
     files = input_files(plan)
     shares = divide(plan, files, ranks.count)
     share = shares[ranks.number]

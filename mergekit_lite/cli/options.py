@@ -34,6 +34,25 @@ Block = Annotated[
         "--block", metavar="N", min=1, help="Elements worked on at once; 262144 if left out.", show_default=False
     ),
 ]
+
+
+def _memory(text: str) -> str:
+    from mergekit_lite.plan.budget import memory_bytes
+
+    memory_bytes(text)
+    return text
+
+
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        parser=_memory,
+        help="Keep the process's own memory below this, such as 300MB, or say what would do.",
+        show_default=False,
+    ),
+]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1 or auto.")]
 Family = Annotated[
     str | None,

@@ -47,6 +47,8 @@ def plan(
     offline: options.Offline = False,
     allow_pickle: options.AllowPickle = False,
     threads: options.Threads = None,
+    block: options.Block = None,
+    memory: options.Memory = None,
     sandbox: options.Sandbox = None,
     json: options.Json = False,
 ) -> None:
@@ -54,16 +56,17 @@ def plan(
 
     Reads the recipe and the headers of its checkpoints, never a weight, and finds every fault that a run would find
     before it starts. The time is what the machine of benchmarks/RESULTS.md would take; --json has it as `seconds`.
-    --dag without a word draws as text.
+    --dag without a word draws as text. --memory chooses the block size and the threads that keep within it.
     """
     from mergekit_lite import merge
     from mergekit_lite.plan import explain
 
-    count = threads or merge.default_threads()
     read = merge.load_recipe(recipe, set_ or ())
-    made = merge.plan(read, out=out, threads=count, offline=offline, allow_pickle=allow_pickle)
+    made = merge.plan(
+        read, out=out, threads=threads, block=block, memory=memory, offline=offline, allow_pickle=allow_pickle
+    )
     if json:
-        show.json(explain.as_json(made, count))
+        show.json(explain.as_json(made, made.threads))
     elif dag is Drawing.mermaid:
         show.text(explain.mermaid(made))
     elif dag is Drawing.text:
@@ -76,6 +79,6 @@ def plan(
             rows = [row[1:] for row in explain.tensors(made) if row[0] == output.to]
             show.table(columns, rows, right=["offset"])
     else:
-        for text in explain.summary(made, count):
+        for text in explain.summary(made, made.threads):
             show.line(text)
     show.warnings(made.warnings)

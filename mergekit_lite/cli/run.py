@@ -33,6 +33,7 @@ def run(
     allow_pickle: options.AllowPickle = False,
     threads: options.Threads = None,
     block: options.Block = None,
+    memory: options.Memory = None,
     device: options.Device = "cpu",
     keep_auto_map: Annotated[
         bool,
@@ -57,7 +58,9 @@ def run(
 
         def make() -> Plan:
             read = merge.load_recipe(recipe, set_ or ())
-            return merge.plan(read, out=out, threads=threads, block=block, offline=offline, allow_pickle=allow_pickle)
+            return merge.plan(
+                read, out=out, threads=threads, block=block, memory=memory, offline=offline, allow_pickle=allow_pickle
+            )
 
         made = ranks.agree(make, resume=resume, strict=strict)
         before = made.warnings

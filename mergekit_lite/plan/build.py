@@ -22,7 +22,8 @@ from mergekit_lite.plan.check import check_places
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.layout import build_output
 from mergekit_lite.plan.model import Alignment, Node, Output, Plan, StepView, Unit
-from mergekit_lite.plan.order import BLOCK, GRAIN, bytes_read, input_bytes, make_units, peak_bytes, walk
+from mergekit_lite.plan.order import BLOCK, GRAIN, bytes_read, input_bytes, make_units, walk
+from mergekit_lite.plan.peak import peak_bytes, peak_of
 from mergekit_lite.plan.settings import check_steps, constant, references_of, statistics
 from mergekit_lite.plan.stack import build_stack
 from mergekit_lite.plan.steps import Source, build_step, idle_globs
@@ -128,8 +129,10 @@ def _build(
         bytes_read=bytes_read(units, pools, alignments),
         bytes_input=input_bytes(units),
         bytes_written=sum(output.nbytes for output in outputs),
-        peak_bytes=peak_bytes(units, pools, alignments, threads, block, size),
+        peak_bytes=peak_bytes(peak_of(units, pools, alignments, block, size), threads),
         digest=_digest(recipe, outputs, units, pools, alignments, checkpoints, builder.count),
+        threads=threads,
+        block=block,
         tied=tuple(tied),
         warnings=tuple(dict.fromkeys(warnings)),  # steps that one line makes may have the same to say
     )

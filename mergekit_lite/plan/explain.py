@@ -22,8 +22,8 @@ def summary(plan: Plan, threads: int) -> list[str]:
     costs = [
         f"read {size(plan.bytes_read)}{_passes(plan)}",
         f"write {size(plan.bytes_written)} in {shards}",
-        f"peak {size(plan.peak_bytes)}",
-        f"cpu, {count(threads, 'thread')}, {about(seconds(plan, threads))}",
+        f"peak {_peak(plan)}",
+        f"cpu, {count(threads, 'thread')}, {_blocks(plan)}{about(seconds(plan, threads))}",
     ]
     lines.append("  " + " · ".join(costs))
     for output in plan.outputs:
@@ -31,6 +31,17 @@ def summary(plan: Plan, threads: int) -> list[str]:
         files = [(s.file, size(s.nbytes), count(len(s.tensors), "tensor")) for s in output.shards]
         lines += [f"  {text}" for text in _aligned(files)]
     return lines
+
+
+def _peak(plan: Plan) -> str:
+    """`44.6 MB`, or `251.3 MB of 300.0 MB` with Python and torch where there is a budget."""
+    memory = plan.memory
+    return size(plan.peak_bytes) if memory is None else f"{size(memory.peak)} of {size(memory.budget)}, all included"
+
+
+def _blocks(plan: Plan) -> str:
+    """`blocks of 131,072, ` where the plan has chosen them."""
+    return "" if plan.memory is None else f"blocks of {plan.block:,}, "
 
 
 def _passes(plan: Plan) -> str:
@@ -172,7 +183,9 @@ def as_json(plan: Plan, threads: int) -> dict[str, Any]:
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "peak_bytes": plan.peak_bytes,
+        "memory": None if plan.memory is None else {"budget": plan.memory.budget, "peak": plan.memory.peak},
         "threads": threads,
+        "block": plan.block,
         "seconds": round(seconds(plan, threads), 1),
         "units": len(plan.units),
         "outputs": [_output(output, models) for output in plan.outputs],

@@ -146,13 +146,24 @@ class StepView:
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """A budget for the anonymous memory of the whole process, in bytes: `peak` is what the plan will take of it at
+    most, `room` what all units at work may take together, `number` an element in the compute dtype."""
+
+    budget: int
+    peak: int
+    room: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """All that a run does. `digest` names the bytes that come out: same digest, same bytes.
 
     `bytes_read` counts every pass over the inputs, `bytes_input` each input tensor once, `bytes_written` the shards,
-    `peak_bytes` the anonymous memory that the blocks of `threads` threads need at most. `tied` are pairs of stored
-    tensors (alias, canonical) that must hold the same numbers, since the configuration says that they are one: only the
-    canonical one is merged.
+    `peak_bytes` the anonymous memory that blocks of `block` elements in `threads` threads need at most; where `memory`
+    sets a budget, the run keeps to these two. `tied` are pairs of stored tensors (alias, canonical) that must hold the
+    same numbers, since the configuration says that they are one: only the canonical one is merged.
     """
 
     recipe: Recipe
@@ -167,5 +178,8 @@ class Plan:
     bytes_written: int
     peak_bytes: int
     digest: str
+    threads: int
+    block: int
+    memory: Memory | None = None
     tied: tuple[tuple[TensorMeta, TensorMeta], ...] = ()
     warnings: tuple[Problem, ...] = field(default=())

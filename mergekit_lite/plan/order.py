@@ -1,23 +1,19 @@
-"""What is done in which order, and what it costs: units of work, bytes to read, memory at the peak."""
+"""What is done in which order, and what it costs: units of work and bytes to read."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from mergekit_lite.checkpoint.meta import DTYPE_BITS
-from mergekit_lite.family.spaces import Space
 from mergekit_lite.plan.model import Alignment, Node, Output, OutTensor, Unit
 
 GRAIN = 1 << 16  # elements over which a statistic is summed at once; part of what defines the output's bytes
 BLOCK = 1 << 18  # elements of one block unless the run says otherwise; changes time and memory, never a byte
 SEGMENT = 1 << 22  # elements of one unit where a tensor can be cut: a unit is what a stopped run may have to redo
 COPY_BLOCK = 1 << 20  # bytes that a passthrough tensor is copied in: what a core's own cache holds
-THREAD = 3 << 22  # bytes of one thread's stack and of what its allocator keeps for later
 SWEEPS = 6  # passes over models whose spaces depend on one another, as weight matching usually takes them
-STATISTIC = 3 << 21  # bytes that a statistic gathers at most: keys near a threshold and their places
 
 
 def walk(roots: Iterable[Node], through: bool = True) -> list[Node]:
@@ -188,69 +184,3 @@ def _pass_bytes(nodes: Sequence[Node], numel: int) -> int:
 def load_bytes(node: Node, numel: int) -> int:
     """Stored bytes of `numel` elements of a loaded tensor; 0 for other nodes."""
     return 0 if node.load is None else numel * DTYPE_BITS[node.load.dtype] // 8
-
-
-def peak_bytes(
-    units: Sequence[Unit],
-    pools: Mapping[str, Sequence[Node]],
-    alignments: Mapping[str, Alignment],
-    threads: int,
-    block: int,
-    size: int,
-) -> int:
-    """Anonymous memory of the blocks at work: the costliest unit, once per thread, or the costliest space of an
-    alignment. `block` is in elements, `size` the bytes of one element in the compute dtype."""
-    worst = COPY_BLOCK
-    kinds: dict[Any, Sequence[Node]] = {}
-    for unit in units:
-        reaches = [node.reach for node in unit.nodes]
-        # Where nothing works on rows or matrices, all nodes have one shape: such units are alike but for a few things.
-        alike = "row" not in reaches and "matrix" not in reaches
-        kinds[(unit.nodes[-1].shape, *reaches) if alike else id(unit.nodes)] = unit.nodes
-    for nodes in kinds.values():
-        worst = max(worst, _block_bytes(nodes, block, size))
-    for members in pools.values():
-        # The members of a pool have one structure.
-        for node in {node.shape: node for node in members}.values():
-            worst = max(worst, _block_bytes(walk([node]), block, size))
-    for alignment in alignments.values():
-        worst = max(worst, _alignment_bytes(alignment, size))
-    return (worst + THREAD) * threads
-
-
-def _alignment_bytes(alignment: Alignment, size: int) -> int:
-    """Memory of the costliest space: its tensors of two models, and what the solver of an assignment takes."""
-    if alignment.use == "known":
-        return 0
-    from mergekit_lite.align.memory import matching_bytes
-
-    shapes = {name: node.shape for table in alignment.models for name, node in table.items()}
-    chosen = [space for space in alignment.spaces if space.kind in alignment.kinds]
-    children: dict[str, list[Space]] = {}
-    for space in chosen:
-        if space.parent is not None:
-            children.setdefault(space.parent, []).append(space)
-    return max(matching_bytes(s, shapes, children=children.get(s.name, ()), number=size) for s in chosen)
-
-
-def _block_bytes(nodes: Sequence[Node], block: int, size: int) -> int:
-    grain = grain_of(nodes)
-    aside = beside(nodes)
-    choice = among(nodes)
-    numel = max(map(math.prod, {n.shape for n in nodes if n.id not in aside}))
-    elements = min(numel, max(grain, block // grain * grain))
-    # Every node's block lives until the block is done; a stored block, and room for the temporaries of one kernel.
-    there = sum(1 / choice.get(n.id, 1) for n in nodes)
-    blocks = elements * size * (math.ceil(there) - len(aside) + 4)
-    # What is read beside them is held for the whole tensor, with a part of it put in order for a kernel, unless it
-    # comes in rows.
-    for node in nodes:
-        way, owner = aside.get(node.id, ("", node))
-        if way:
-            blocks += size * (2 * node.numel if way != "rows" else node.numel * elements // max(1, owner.numel))
-    # A row method sorts: values, indices and a copy. A matrix method decomposes in float64: both sides, a copy and the
-    # room that LAPACK asks for.
-    reaches = {n.reach for n in nodes}
-    sorting = elements * (48 if "matrix" in reaches else 24 if "row" in reaches else 0)
-    counters = sum(STATISTIC for n in nodes if n.reach in ("measured", "pooled"))
-    return blocks + sorting + counters

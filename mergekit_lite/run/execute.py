@@ -16,6 +16,7 @@ from mergekit_lite.checkpoint.meta import DTYPE_BITS, TensorMeta
 from mergekit_lite.errors import InterruptedRun
 from mergekit_lite.plan.build import no_collection
 from mergekit_lite.plan.model import Node, Plan, Unit
+from mergekit_lite.run.admission import Admission
 from mergekit_lite.run.copy import ByteSource, copy
 from mergekit_lite.run.journal import Done, Journal
 from mergekit_lite.run.sink import Sink, make_safe
@@ -166,6 +167,7 @@ class _Run:
         self.todo = [unit for unit in plan.units if unit.id not in done.units]
         self.computer: Computer | PlainSums | None = None
         self.measures: Computer | None = None
+        self.admission = Admission(plan, self.check)
         self.findings = Findings(resumed=len(done.units))
         self.finished: queue.SimpleQueue[tuple[Unit, dict[str, Any]] | _Within | BaseException | None] = (
             queue.SimpleQueue()
@@ -320,7 +322,8 @@ class _Run:
             copy(unit, self.source, self.sink, self.check, found, self.options.strict)
         else:
             assert self.computer is not None
-            self.computer.unit(unit, self.sink, found, self._within(unit))
+            with self.admission.of(unit):
+                self.computer.unit(unit, self.sink, found, self._within(unit))
         return found
 
     def _within(self, unit: Unit) -> Callable[[Node, int, int], None]:

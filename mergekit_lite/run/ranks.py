@@ -132,9 +132,7 @@ class Ranks:
 
         def work() -> None:
             try:
-                # accelerate counts physical cores where this is not set, which fails in some containers. A merge has
-                # threads of its own.
-                os.environ.setdefault("OMP_NUM_THREADS", "1")
+                load()
                 from accelerate import PartialState
                 from accelerate.utils import gather_object
 
@@ -161,6 +159,14 @@ class Ranks:
             self._known = {message_of(fault)}
             raise fault
         return found
+
+
+def load() -> None:
+    """Import accelerate, and torch with it."""
+    # accelerate counts physical cores where this is not set, which fails in some containers. A merge has threads of its
+    # own.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import accelerate.utils  # noqa: F401
 
 
 def message_of(fault: MergeError) -> str:
