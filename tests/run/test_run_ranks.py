@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lite import StoppedError, load_recipe, plan, run
 from mergekit_lite.plan.model import Plan
+from mergekit_lite.report.verify import verify
 from mergekit_lite.run.finish import input_files
 from mergekit_lite.run.journal import Journal, path_of
 from mergekit_lite.run.peers import LAST, Peers
@@ -153,7 +154,9 @@ def test_the_bytes_of_one_process(count: int, models: Path, tmp_path: Path) -> N
             assert sorted(p.name for p in ours.iterdir()) == sorted(p.name for p in alone.iterdir())
             lock = (ours / "recipe.lock.yaml").read_text().replace(str(tmp_path / "ranks"), str(tmp_path / "alone"))
             other = (alone / "recipe.lock.yaml").read_text()
-            # Digests of what names the folders: recipe.yaml, and in the last line all that is above it.
+            # Digests of what names the folders: recipe.yaml, and in the last line all that is above it. `verify` holds
+            # them against the files.
+            assert not verify(str(ours)).faults and not verify(str(alone)).faults
             names_folders = r"(?<=file: recipe\.yaml\n)(.*\n)\s+blake3: .*|# blake3: .*"
             assert re.sub(names_folders, "", lock) == re.sub(names_folders, "", other)
 
