@@ -21,7 +21,7 @@ ORDER = [
     {"plan"},
     {"align"},
     {"recipe", "methods", "family", "checkpoint"},
-    {"errors", "lazy"},
+    {"errors", "lazy", "limits"},
 ]
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 CUDA_HOME, ACCELERATE_HOME = "run/device.py", "run/ranks.py"

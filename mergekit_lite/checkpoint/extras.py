@@ -14,6 +14,7 @@ from typing import Any
 from mergekit_lite.checkpoint.inside import inside
 from mergekit_lite.checkpoint.meta import DTYPE_CODES, DTYPE_NAMES, Checkpoint
 from mergekit_lite.errors import InputError, StoppedError
+from mergekit_lite.limits import hint_for
 
 # What transformers and the tokenizers write and read. Weights and code (*.py) are not among them.
 _WANTED = (
@@ -79,8 +80,7 @@ def copy_extras(donor: Checkpoint, to: Path, config: Mapping[str, Any]) -> tuple
         for name, path in sources.items():
             _copy(path, to / name)
     except OSError as error:
-        hint = "make room on the disk or check it, then go on with `--resume`"
-        raise StoppedError(f"cannot write into `{to}`: {error.strerror}", hint=hint) from error
+        raise StoppedError(f"cannot write into `{to}`: {error.strerror}", hint=hint_for(error)) from error
     return tuple(sorted([*sources, *(["config.json"] if config else [])]))
 
 

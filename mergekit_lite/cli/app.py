@@ -30,7 +30,16 @@ from mergekit_lite.cli.path import path
 from mergekit_lite.cli.plan import PlanCommand, plan
 from mergekit_lite.cli.processor import choose_sorts
 from mergekit_lite.cli.run import run
-from mergekit_lite.errors import InterruptedRun, MergeError, Problem, UsageError, did_you_mean, printable
+from mergekit_lite.errors import (
+    InterruptedRun,
+    MergeError,
+    Problem,
+    StoppedError,
+    UsageError,
+    did_you_mean,
+    printable,
+)
+from mergekit_lite.limits import refusal
 
 COMMANDS = (run, plan, convert, methods, inspect, diff, path, doctor)
 # The root of what a bad command line raises. Typer brings its own copy of Click since 0.26, and no public name for it.
@@ -111,7 +120,10 @@ def execute(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as fault:
-        return _bug(fault, as_json)
+        refused = refusal(fault)
+        if refused is None:
+            return _bug(fault, as_json)
+        return _report([Problem(refused[0], None, refused[1])], StoppedError.exit_code, as_json)
     return code
 
 

@@ -1,9 +1,9 @@
 """Commands run under faults of the operating system: `preload.c` compiled, and processes that have it loaded.
 
-    faults = Layer(folder)                                     # raises NoCompiler
-    faults.run(["run", "r.yaml"], "calls=fsync at=2 errno=5")  # a process of its own
-    with faults.forks() as fork:                               # the same from a process that has imported the program
-        fork(["run", "r.yaml"], "path=/out/ from=9 errno=28")
+faults = Layer(folder)                                     # raises NoCompiler
+faults.run(["run", "r.yaml"], "calls=fsync at=2 errno=5")  # a process of its own
+with faults.forks() as fork:                               # the same from a process that has imported the program
+    fork(["run", "r.yaml"], "path=/out/ from=9 errno=28")
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ class Layer:
             log.unlink(missing_ok=True)
             order = {"arguments": list(arguments), "rules": rules, "folder": str(folder or Path.cwd())}
             assert server.stdin is not None and server.stdout is not None
-            print(json.dumps(order | {"out": str(out), "err": str(err), "log": str(log)}), file=server.stdin, flush=True)
+            print(
+                json.dumps(order | {"out": str(out), "err": str(err), "log": str(log)}), file=server.stdin, flush=True
+            )
             code = int(server.stdout.readline())
             return Ran(code, out.read_text(errors="replace"), err.read_text(errors="replace"), _calls(log))
 
