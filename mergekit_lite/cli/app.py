@@ -28,7 +28,7 @@ from mergekit_lite.cli.inspect import inspect
 from mergekit_lite.cli.methods import methods
 from mergekit_lite.cli.path import path
 from mergekit_lite.cli.plan import PlanCommand, plan
-from mergekit_lite.cli.processor import choose_sorts
+from mergekit_lite.cli.processor import choose_sorts, spare_threads
 from mergekit_lite.cli.run import run
 from mergekit_lite.errors import (
     InterruptedRun,
@@ -99,6 +99,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     choose_sorts()
+    spare_threads()
     sys.exit(execute(sys.argv[1:]))
 
 

@@ -49,23 +49,16 @@ def publish(folder: Path, to: Path, plan: str) -> None:
 
 def take_back(plan: Plan) -> None:
     """Undo what a run of `plan` had published when it was stopped before its last output was whole. Raises StoppedError
-    where files cannot be moved back; leaves everything that this plan did not write."""
-    if not (partial(plan.outputs[0].to) / JOURNAL).exists():
-        return
+    where files cannot be moved back; leaves everything that this plan did not write. For the holder of the journal."""
     for output in plan.outputs:
         folder, to = partial(output.to), Path(output.to)
         try:
             if _text(to / MOVING) == plan.digest:
                 _move_back(folder, to)
-            elif not folder.exists() and f"\n  plan: {plan.digest}\n" in _text(to / LOCK):
-                try:
-                    os.rename(to, folder)
-                except OSError as fault:
-                    if fault.errno not in _NO_RENAME:
-                        raise
-                    (to / MOVING).write_text(plan.digest, encoding="ascii")
-                    folder.mkdir()
-                    _move_back(folder, to)
+            elif not any(_files(folder)) and f"\n  plan: {plan.digest}\n" in _text(to / LOCK):
+                (to / MOVING).write_text(plan.digest, encoding="ascii")
+                folder.mkdir(exist_ok=True)
+                _move_back(folder, to)
         except OSError as fault:
             raise StoppedError(f"cannot move `{to}` back: {fault.strerror}", hint=hint_for(fault)) from fault
 
@@ -104,7 +97,7 @@ def _move(folder: Path, to: Path, plan: str) -> None:
             _move_back(folder, to)
         raise
     with contextlib.suppress(OSError):  # the output is whole
-        (folder / JOURNAL).unlink()
+        (folder / JOURNAL).unlink(missing_ok=True)
         for inner in (*(path for path in folder.iterdir() if path.is_dir()), folder):
             inner.rmdir()
 

@@ -77,7 +77,8 @@ def open_run(plan: Plan, resume: bool, run: str = "") -> Iterator[tuple[Files, J
     Raises StoppedError where an unfinished run lies there and `resume` is not asked for, where there is nothing to
     resume, where the plan has changed, or the disk is too small.
     """
-    if resume:
+    if resume and (partial(plan.outputs[0].to) / NAME).exists():
+        Journal(partial(plan.outputs[0].to)).close()  # says so where that run is still at work
         take_back(plan)
     for output in plan.outputs:
         to = Path(output.to)
