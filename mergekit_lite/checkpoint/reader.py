@@ -25,6 +25,16 @@ MAX_OPEN_FILES = 64
 _MAX_READ = 2**30  # Linux reads 2 GiB less a page at most in one call, macOS refuses more than 2 GiB
 
 
+def _share_of_files() -> int:
+    """How many files may be open for reading, where outputs and digests need some too."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return MAX_OPEN_FILES
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_OPEN_FILES if allowed == resource.RLIM_INFINITY else max(4, allowed // 2 - 24)
+
+
 @dataclass(slots=True)
 class _OpenFile:
     fd: int
@@ -39,7 +49,7 @@ class Reader:
 
     def __init__(self, shards: Iterable[ShardFile], max_open: int = MAX_OPEN_FILES):
         self._shards = {shard.path: shard for shard in shards}
-        self._max_open = max_open
+        self._max_open = min(max_open, _share_of_files())
         self._open: OrderedDict[str, _OpenFile] = OrderedDict()  # the least recently opened first
         self._lock = threading.Lock()
         self._ctimes: dict[str, tuple[int, int]] = {}  # as first and as last seen

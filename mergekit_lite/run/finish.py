@@ -96,7 +96,7 @@ def complete(plan: Plan, lock: str, solved: Mapping[str, Solved]) -> None:
             message = f"cannot write into `{partial(output.to)}`: {fault.strerror}"
             raise StoppedError(message, hint=hint_for(fault)) from fault
     for output in reversed(plan.outputs):
-        publish(partial(output.to), Path(output.to), plan.digest)
+        publish(partial(output.to), Path(output.to), plan.digest, output is plan.outputs[0])
 
 
 def _extras(plan: Plan, output: Output, lock: str) -> None:

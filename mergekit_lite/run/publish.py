@@ -21,9 +21,9 @@ MOVING = ".merge-moving"  # in a finished folder that is filled file by file; ho
 _NO_RENAME = (errno.EPERM, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EACCES, errno.EISDIR)
 
 
-def publish(folder: Path, to: Path, plan: str) -> None:
+def publish(folder: Path, to: Path, plan: str, last: bool) -> None:
     """Give `folder`, whose files are whole and safe, the name `to`, which is free or an empty folder; `plan` is the
-    plan's digest. The journal goes last. Raises StoppedError."""
+    plan's digest, and `last` says that no other output follows. The journal goes last. Raises StoppedError."""
     try:
         try:
             os.rename(folder, to)
@@ -43,7 +43,9 @@ def publish(folder: Path, to: Path, plan: str) -> None:
         fsync_folder(to)
         fsync_folder(to.resolve().parent)
     except OSError as fault:
-        hint = f"{hint_for(fault)}; `{to}` is whole, but the system has not said that it is safe from a power cut"
+        hint = hint_for(fault)
+        if last:
+            hint += f"; `{to}` is whole, but the system has not said that it is safe from a power cut"
         raise StoppedError(f"cannot flush `{to}`: {fault.strerror}", hint=hint) from fault
 
 

@@ -43,7 +43,7 @@ RECIPES = {
     "linear": ("m: {use: linear, of: [a, b]}", "one", False),
     "two": ("m: {use: linear, of: [a, b]}", "two", False),
     "ties": ("m: {use: ties, base: a, of: [b, c], with: {scope: global}}", "one", True),
-    "permute": ("p: {use: permute, of: [b, a]}\n  m: {use: linear, of: [a, p]}", "one", True),
+    "permute": ("p: {use: permute, of: b, like: a}\n  m: {use: linear, of: [a, p]}", "one", True),
 }
 # Calls that a full disk lets fail: the rest goes on as before.
 FULL = "calls=open,write,pwrite,fallocate,ftruncate,fsync,fdatasync,mkdir,rename "
