@@ -36,14 +36,24 @@ SHAPES = {
     "model.norm.weight": (8,),
     "lm_head.weight": (20, 8),
 }
-CONFIG = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 8, "tie_word_embeddings": False}
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "tie_word_embeddings": False,
+}
 SAVES = {"one": "{to: o/deep/out, shard: 1KB}", "two": "[{step: m, to: o/out}, {step: m, to: o/half, dtype: float16}]"}
 # Steps, saves, and whether torch takes part.
 RECIPES = {
     "linear": ("m: {use: linear, of: [a, b]}", "one", False),
     "two": ("m: {use: linear, of: [a, b]}", "two", False),
     "ties": ("m: {use: ties, base: a, of: [b, c], with: {scope: global}}", "one", True),
-    "permute": ("p: {use: permute, of: b, like: a}\n  m: {use: linear, of: [a, p]}", "one", True),
+    "permute": (
+        "p: {use: permute, of: b, like: a, with: {spaces: [mlp]}}\n  m: {use: linear, of: [a, p]}",
+        "one",
+        True,
+    ),
 }
 # Calls that a full disk lets fail: the rest goes on as before.
 FULL = "calls=open,write,pwrite,fallocate,ftruncate,fsync,fdatasync,mkdir,rename "
