@@ -28,7 +28,7 @@ RULES = (
     ("run/sink", "sync", "flush"),
     ("run/sink", "", "write"),
     ("run/digest", "", "digest"),
-    ("run/finish", "_fsync_folder", "flush"),
+    ("run/publish", "fsync_folder", "flush"),
     ("run/finish", "_write", "flush"),
     ("run/program", "load", "convert to float32"),
     ("run/compute", "watch", "look for NaN"),

@@ -186,7 +186,15 @@ def run(
     from mergekit_lite.plan.order import BLOCK
     from mergekit_lite.run.digest import Digests, file_digests
     from mergekit_lite.run.execute import Findings, Options, execute
-    from mergekit_lite.run.finish import collect, complete, input_files, notes_on, shard_digests, wanted_parts
+    from mergekit_lite.run.finish import (
+        check_inputs,
+        collect,
+        complete,
+        input_files,
+        notes_on,
+        shard_digests,
+        wanted_parts,
+    )
     from mergekit_lite.run.found import recall, remember
     from mergekit_lite.run.peers import LAST, Peers
     from mergekit_lite.run.ranks import ALONE, divide
@@ -249,7 +257,7 @@ def run(
         merged = peers.exchange("merged", findings.as_json(), lambda: peers.again(progress))
         written = shard_digests(plan, share.shards, count)
         read = {**known, **digests.result(count)}
-        reader.check()  # so that the lock speaks of the files that were merged
+        check_inputs(reader, read, count)  # so that the lock speaks of the files that were merged
         remembered.keep(read)
         if ranks.count == 1:
             remember(plan, solved, read)

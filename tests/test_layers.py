@@ -22,7 +22,7 @@ ORDER = [
     {"align"},
     {"recipe", "methods", "family", "checkpoint"},
     {"sandbox"},
-    {"errors", "lazy", "redact"},
+    {"errors", "lazy", "redact", "limits"},
 ]
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 CUDA_HOME, ACCELERATE_HOME = "run/device.py", "run/ranks.py"

@@ -16,6 +16,7 @@ from mergekit_lite.checkpoint.clean import cleaned, notes_of, read_config
 from mergekit_lite.checkpoint.inside import inside
 from mergekit_lite.checkpoint.meta import DTYPE_CODES, DTYPE_NAMES, Checkpoint
 from mergekit_lite.errors import InputError, Problem, StoppedError
+from mergekit_lite.limits import hint_for
 
 # What transformers and the tokenizers write and read. Weights and code (*.py) are not among them.
 _WANTED = (
@@ -68,6 +69,10 @@ class Extras:
     files: Mapping[str, Path | bytes]
     notes: tuple[Problem, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(len(f) if isinstance(f, bytes) else f.stat().st_size for f in self.files.values())
+
     def write(self, to: Path) -> tuple[str, ...]:
         """Puts the files into the folder `to`, each on the disk when this returns; gives their names, sorted. Raises
         StoppedError where writing fails."""
@@ -77,8 +82,7 @@ class Extras:
                     (to / name).parent.mkdir(exist_ok=True)
                 _put(content, to / name)
         except OSError as error:
-            hint = "make room on the disk or check it, then go on with `--resume`"
-            raise StoppedError(f"cannot write into `{to}`: {error.strerror}", hint=hint) from error
+            raise StoppedError(f"cannot write into `{to}`: {error.strerror}", hint=hint_for(error)) from error
         return tuple(sorted(self.files))
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from mergekit_lite.checkpoint.inside import at_once
 from mergekit_lite.checkpoint.meta import DTYPE_BITS, ShardFile, TensorMeta
 from mergekit_lite.errors import InputError, did_you_mean
+from mergekit_lite.limits import hint_for
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
@@ -55,7 +56,7 @@ def read_header(path: Path, shown: str) -> Header:
                 raise InputError(f"`{shown}` is not a regular file", hint="name a .safetensors file")
             text = _header_bytes(file, found.st_size, shown)
     except OSError as error:
-        raise InputError(f"cannot read `{shown}`: {error.strerror}") from error
+        raise InputError(f"cannot read `{shown}`: {error.strerror}", hint=hint_for(error)) from error
     digest = hashlib.sha256(text).hexdigest()
     shard = ShardFile(str(path), found.st_size, found.st_mtime_ns, digest)
     _, twin = _KNOWN.get(digest, (0, None))

@@ -7,6 +7,7 @@ and mapped pages would count as memory of the process.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections import OrderedDict
@@ -16,11 +17,22 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from mergekit_lite.checkpoint.meta import ShardFile, TensorMeta
-from mergekit_lite.errors import InputError
+from mergekit_lite.errors import InputError, StoppedError
 from mergekit_lite.lazy import torch
+from mergekit_lite.limits import OPEN_FILES
 
 MAX_OPEN_FILES = 64
 _MAX_READ = 2**30  # Linux reads 2 GiB less a page at most in one call, macOS refuses more than 2 GiB
+
+
+def _share_of_files() -> int:
+    """How many files may be open for reading, where outputs and digests need some too."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return MAX_OPEN_FILES
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_OPEN_FILES if allowed == resource.RLIM_INFINITY else max(4, allowed // 2 - 24)
 
 
 @dataclass(slots=True)
@@ -37,9 +49,10 @@ class Reader:
 
     def __init__(self, shards: Iterable[ShardFile], max_open: int = MAX_OPEN_FILES):
         self._shards = {shard.path: shard for shard in shards}
-        self._max_open = max_open
+        self._max_open = min(max_open, _share_of_files())
         self._open: OrderedDict[str, _OpenFile] = OrderedDict()  # the least recently opened first
         self._lock = threading.Lock()
+        self._ctimes: dict[str, tuple[int, int]] = {}  # as first and as last seen
         self._closed = False
 
     def __enter__(self) -> Reader:
@@ -59,7 +72,14 @@ class Reader:
     def check(self) -> None:
         """Raises InputError where a file is not what it was when its header was read."""
         for shard in self._shards.values():
-            os.close(_open_unchanged(shard))
+            with self._lock:
+                os.close(self._open_one(shard.path))
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        """Files whose size and mtime stayed and whose ctime did not, between the first look at them and the latest:
+        only their rights, links or names changed, or their bytes did and the mtime was set back."""
+        return tuple(path for path, (first, latest) in self._ctimes.items() if first != latest)
 
     def read(self, meta: TensorMeta, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor, 1-D in its stored dtype, which must be one of TORCH_DTYPES.
@@ -105,7 +125,7 @@ class Reader:
                 except OSError as error:
                     raise InputError(
                         f"cannot read tensor `{meta.name}` from `{meta.file}`: {error.strerror}",
-                        hint="check the disk, or download the file again",
+                        hint="check the disk or the network mount",
                     ) from error
                 if count == 0:
                     raise InputError(
@@ -125,7 +145,7 @@ class Reader:
                 raise ValueError("the reader is closed")
             file = self._open.get(path)
             if file is None:
-                file = self._open[path] = _OpenFile(_open_unchanged(self._shards[path]))
+                file = self._open[path] = _OpenFile(self._open_one(path))
             file.users += 1
             if len(self._open) > self._max_open:
                 self._open.move_to_end(path)
@@ -144,22 +164,36 @@ class Reader:
         for path in idle[: max(0, len(self._open) - keep)]:
             os.close(self._open.pop(path).fd)
 
+    def _open_one(self, path: str) -> int:
+        """Opens a file, where the process may open no more in the place of one that no thread reads. Under the lock."""
+        try:
+            return self._open_unchanged(self._shards[path])
+        except StoppedError:
+            before = len(self._open)
+            self._drop_idle(0)
+            if len(self._open) == before:
+                raise
+            return self._open_unchanged(self._shards[path])
 
-def _open_unchanged(shard: ShardFile) -> int:
-    """A descriptor of the file, if it still has the size and the mtime that the plan saw."""
-    try:
-        fd = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        found = os.fstat(fd)
-    except OSError as error:
-        raise InputError(f"cannot open `{shard.path}`: {error.strerror}", hint="the plan needs every input") from error
-    if (found.st_size, found.st_mtime_ns) != (shard.nbytes, shard.mtime_ns):
-        os.close(fd)
-        raise InputError(
-            f"`{shard.path}` changed since it was planned",
-            hint="let nothing write the inputs during a run, and plan again",
-        )
-    if hasattr(os, "posix_fadvise"):
-        # Doubles the read-ahead; blocks come in ascending order. A file system may not know it, which does no harm.
-        with suppress(OSError):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    return fd
+    def _open_unchanged(self, shard: ShardFile) -> int:
+        """A descriptor of the file, if it still has the size and the mtime that the plan saw."""
+        try:
+            fd = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            found = os.fstat(fd)
+        except OSError as error:
+            message = f"cannot open `{shard.path}`: {error.strerror}"
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise StoppedError(message, hint=OPEN_FILES) from error
+            raise InputError(message, hint="the plan needs every input") from error
+        if (found.st_size, found.st_mtime_ns) != (shard.nbytes, shard.mtime_ns):
+            os.close(fd)
+            raise InputError(
+                f"`{shard.path}` changed since it was planned",
+                hint="let nothing write the inputs during a run, and plan again",
+            )
+        self._ctimes[shard.path] = (self._ctimes.get(shard.path, (found.st_ctime_ns,))[0], found.st_ctime_ns)
+        if hasattr(os, "posix_fadvise"):
+            # Doubles the read-ahead; blocks come in ascending order. A file system may not know it: that does no harm.
+            with suppress(OSError):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return fd

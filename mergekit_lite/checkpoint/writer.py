@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -13,6 +14,7 @@ from types import TracebackType
 from mergekit_lite.checkpoint.header import MAX_HEADER_BYTES, PREFIX_BYTES
 from mergekit_lite.checkpoint.meta import DTYPE_BITS
 from mergekit_lite.errors import RecipeError, StoppedError
+from mergekit_lite.limits import hint_for
 
 _MAX_WRITE = 2**30  # Linux writes 2 GiB less a page at most in one call, macOS refuses more than 2 GiB
 
@@ -67,31 +69,34 @@ class ShardFileWriter:
         self.path = path
         self.nbytes = nbytes
         self._fd = fd
+        self._dirty = False  # whether bytes were written that no `sync` has made safe
+        self._lost: OSError | None = None
 
     @classmethod
     def create(cls, path: Path, header: bytes, nbytes: int) -> ShardFileWriter:
         """A new file of `nbytes` bytes, header included, all of them reserved on the disk; replaces what was there.
 
-        Where there is too little space nothing is left behind, and the error says how much is needed and free.
+        Where that fails nothing is left behind, and the error says how much is needed and free if space is short.
         """
         fd = -1
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             _reserve(fd, nbytes)
+            _write_all(fd, memoryview(header), 0)
         except OSError as error:
             if fd >= 0:
-                os.close(fd)
-                os.unlink(path)
-            hint = None
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+            hint = hint_for(error)
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                hint = f"{path.name} needs {nbytes:,} bytes, {free_bytes(path):,} are free on its disk: make room"
+                with contextlib.suppress(OSError):
+                    free = free_bytes(path)
+                    hint = f"{path.name} needs {nbytes:,} bytes, {free:,} are free on its disk: make room"
             raise StoppedError(f"cannot create `{path}`: {error.strerror}", hint=hint) from error
         writer = cls(path, fd, nbytes)
-        try:
-            writer.write(0, header)
-        except BaseException:
-            writer.close()
-            raise
+        writer._dirty = True
         return writer
 
     @classmethod
@@ -101,7 +106,7 @@ class ShardFileWriter:
             fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             size = os.fstat(fd).st_size
         except OSError as error:
-            raise StoppedError(f"cannot open `{path}`: {error.strerror}") from error
+            raise StoppedError(f"cannot open `{path}`: {error.strerror}", hint=hint_for(error)) from error
         if size != nbytes:
             os.close(fd)
             raise StoppedError(
@@ -123,34 +128,45 @@ class ShardFileWriter:
         view = memoryview(buffer).cast("B")
         if offset < 0 or offset + len(view) > self.nbytes:
             raise ValueError(f"bytes [{offset}, {offset + len(view)}) of a file of {self.nbytes}")
-        place = 0
-        while place < len(view):
-            try:
-                place += os.pwrite(self._fd, view[place : place + _MAX_WRITE], offset + place)
-            except OSError as error:
-                raise self._stopped("write", error) from error
+        self._dirty = True
+        try:
+            _write_all(self._fd, view, offset)
+        except OSError as error:
+            hint = f"{hint_for(error)}, then go on with `--resume`"
+            raise StoppedError(f"cannot write `{self.path}`: {error.strerror}", hint=hint) from error
 
     def sync(self) -> None:
-        """Returns when all that was written is on the disk."""
+        """Returns when all that was written is on the disk. Once that has failed it fails for good: the system tells of
+        a page that it could not write once, then drops it, and says at the next flush that all is well."""
+        if self._lost is not None:
+            raise self._stopped("flush", self._lost) from self._lost
+        self._dirty = False  # before the flush: what is written meanwhile may miss it
         try:
             # macOS has no fdatasync.
             getattr(os, "fdatasync", os.fsync)(self._fd)
         except OSError as error:
+            self._dirty, self._lost = True, error
             raise self._stopped("flush", error) from error
 
     def close(self) -> None:
-        """Closes the file; a second call does nothing."""
+        """Closes the file; a second call does nothing. An error matters only where bytes were not safe yet."""
         fd, self._fd = self._fd, -1
         if fd < 0:
             return
         try:
             os.close(fd)
         except OSError as error:
-            raise self._stopped("close", error) from error
+            if self._dirty:
+                raise self._stopped("close", error) from error
 
     def _stopped(self, what: str, error: OSError) -> StoppedError:
-        hint = "make room on the disk or check it, then go on with `--resume`"
-        return StoppedError(f"cannot {what} `{self.path}`: {error.strerror}", hint=hint)
+        return StoppedError(f"cannot {what} `{self.path}`: {error.strerror}", hint=hint_for(error))
+
+
+def _write_all(fd: int, view: memoryview, offset: int) -> None:
+    place = 0
+    while place < len(view):
+        place += os.pwrite(fd, view[place : place + _MAX_WRITE], offset + place)
 
 
 def _reserve(fd: int, nbytes: int) -> None:
@@ -160,6 +176,6 @@ def _reserve(fd: int, nbytes: int) -> None:
             os.posix_fallocate(fd, 0, nbytes)
             return
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV):
                 raise
     os.ftruncate(fd, nbytes)

@@ -30,10 +30,11 @@ from mergekit_lite.cli.inspect import inspect
 from mergekit_lite.cli.methods import methods
 from mergekit_lite.cli.path import path
 from mergekit_lite.cli.plan import PlanCommand, plan
-from mergekit_lite.cli.processor import choose_sorts
+from mergekit_lite.cli.processor import choose_sorts, spare_threads
 from mergekit_lite.cli.run import run
 from mergekit_lite.cli.verify import verify
-from mergekit_lite.errors import InterruptedRun, MergeError, Problem, UsageError, did_you_mean
+from mergekit_lite.errors import InterruptedRun, MergeError, Problem, StoppedError, UsageError, did_you_mean
+from mergekit_lite.limits import refusal
 
 COMMANDS = (run, plan, convert, methods, inspect, diff, path, doctor, verify)
 # The root of what a bad command line raises. Typer brings its own copy of Click since 0.26, and no public name for it.
@@ -94,6 +95,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.stderr = redact.stream(sys.stderr)  # what libraries and threads of Python's say goes there by itself
     choose_sorts()
+    spare_threads()
     sys.exit(execute(sys.argv[1:]))
 
 
@@ -116,7 +118,10 @@ def execute(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as fault:
-        return _bug(fault, as_json)
+        refused = refusal(fault)
+        if refused is None:
+            return _bug(fault, as_json)
+        return _report([Problem(refused[0], None, refused[1])], StoppedError.exit_code, as_json)
     return code
 
 

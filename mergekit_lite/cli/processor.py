@@ -26,3 +26,14 @@ def avoid_avx512(cpuinfo: str) -> bool:
     compressed stores to memory, runs in microcode. Measured on a Zen 4: 23 ns an element in rows of 2048 64-bit numbers
     with AVX-512, 6 ns with AVX2."""
     return "AuthenticAMD" in cpuinfo and " avx512f " in cpuinfo.replace("\n", " ")
+
+
+def spare_threads() -> None:
+    """Where this process's address space is limited, have NumPy's OpenBLAS start no threads, each of which takes some
+    of it. One that it cannot start it reports by a SIGINT, as if somebody had pressed Ctrl-C."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -59,7 +59,14 @@ def run(
         def make() -> Plan:
             read = merge.load_recipe(recipe, set_ or ())
             return merge.plan(
-                read, out=out, threads=threads, block=block, memory=memory, offline=offline, allow_pickle=allow_pickle
+                read,
+                out=out,
+                threads=threads,
+                block=block,
+                memory=memory,
+                offline=offline,
+                allow_pickle=allow_pickle,
+                check_output=not resume,
             )
 
         made = ranks.agree(make, resume=resume, strict=strict)
@@ -196,14 +203,18 @@ def _counted(found: Any) -> str:
 
 @contextlib.contextmanager
 def _terminate_as_interrupt(ranks: Ranks) -> Iterator[None]:
-    """SIGTERM stops a run the way Ctrl-C does: what is finished is kept. A launcher sends it to every rank once one of
-    them has ended; the last words of this one are not cut short by it."""
+    """SIGTERM, and SIGHUP unless `nohup` has it ignored, stop a run the way Ctrl-C does: what is finished is kept. A
+    launcher sends it to every rank once one of them has ended; the last words of this one are not cut short by it."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
+    before: dict[signal.Signals, Any] = {}
     try:
-        before = signal.signal(signal.SIGTERM, interrupt)
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and (name == "SIGTERM" or signal.getsignal(number) is signal.SIG_DFL):
+                before[number] = signal.signal(number, interrupt)
     except ValueError:  # not in the main thread, where no signal arrives
         yield
         return
@@ -211,10 +222,11 @@ def _terminate_as_interrupt(ranks: Ranks) -> Iterator[None]:
         yield
     except BaseException:
         if ranks.count > 1:
-            before = signal.SIG_IGN
+            before[signal.SIGTERM] = signal.SIG_IGN
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ read is still in the page cache when the merge comes by: the digest's thread rea
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 import threading
@@ -18,6 +20,7 @@ from types import TracebackType
 from blake3 import blake3
 
 from mergekit_lite.errors import InputError
+from mergekit_lite.limits import hint_for
 
 CHUNK = 1 << 22  # bytes between two turns at Python's lock, for which this thread has to wait
 SWITCH = 0.0005  # seconds until a thread that computes in Python lets another one have a turn: torch's import does
@@ -49,7 +52,7 @@ class _File:
             finally:
                 os.close(fd)
         except OSError as fault:
-            hint = "was it moved during the run?"
+            hint = "was it moved during the run?" if fault.errno == errno.ENOENT else hint_for(fault)
             raise InputError(f"cannot read `{self.path}`: {fault.strerror}", hint=hint) from fault
         return True
 
@@ -86,9 +89,9 @@ class Digests:
         self._thread = threading.Thread(target=self._work, name="digest", daemon=True)
 
     def __enter__(self) -> Digests:
+        self._thread.start()
         self._interval = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH)
-        self._thread.start()
         return self
 
     def __exit__(
@@ -111,10 +114,13 @@ class Digests:
         with self._change:
             self._lead = 1 << 62
             self._change.notify_all()
-        helpers = [threading.Thread(target=self._work, daemon=True) for _ in range(threads - 1)]
-        for helper in helpers:
-            helper.start()
-        for thread in (self._thread, *helpers):
+        workers = [self._thread]
+        with contextlib.suppress(RuntimeError):  # where the system allows no more threads, fewer do it
+            for _ in range(threads - 1):
+                helper = threading.Thread(target=self._work, daemon=True)
+                helper.start()
+                workers.append(helper)
+        for thread in workers:
             thread.join()
         if self._fault is not None:
             raise self._fault

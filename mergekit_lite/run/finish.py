@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_lite.checkpoint.extras import copy_extras, find_extras, output_config
-from mergekit_lite.errors import Problem, StoppedError
+from mergekit_lite.errors import InputError, Problem, StoppedError
+from mergekit_lite.limits import hint_for
 from mergekit_lite.plan.layout import INDEX
 from mergekit_lite.plan.lock import NAME as LOCK
 from mergekit_lite.plan.model import Output, Plan, Unit
 from mergekit_lite.plan.order import walk
 from mergekit_lite.run.digest import file_digests
-from mergekit_lite.run.journal import NAME as JOURNAL
+from mergekit_lite.run.publish import fsync_folder, publish
 from mergekit_lite.run.ranks import Share
 from mergekit_lite.run.sink import partial
 
 if TYPE_CHECKING:
+    from mergekit_lite.checkpoint.reader import Reader
     from mergekit_lite.run.alignment import Solved
 
 RECIPE = "recipe.yaml"
@@ -45,8 +47,22 @@ def wanted_parts(units: Iterable[Unit], files: Container[str]) -> list[tuple[str
 def shard_digests(plan: Plan, shards: Sequence[tuple[int, int]], threads: int) -> list[str]:
     """The digests of finished shards, still in the partial folders, each given by output and number."""
     paths = [partial(plan.outputs[o].to) / plan.outputs[o].shards[s].file for o, s in shards]
-    found = file_digests(paths, threads)
+    try:
+        found = file_digests(paths, threads)
+    except InputError as fault:  # no input to the user
+        raise StoppedError(fault.problems) from fault.__cause__
     return [found[str(path)] for path in paths]
+
+
+def check_inputs(reader: Reader, digests: Mapping[str, str], threads: int) -> None:
+    """Raises InputError where an input is not what it was when the run began: by its size and mtime, and where these
+    are as they were and its ctime is not, by `digests`, those formed during the run or known before."""
+    reader.check()
+    touched = [Path(path) for path in reader.touched if path in digests]
+    for path, digest in file_digests(touched, threads).items() if touched else ():
+        if digest != digests[path]:
+            hint = "let nothing write the inputs during a run; remove the unfinished output and start anew"
+            raise InputError(f"`{path}` changed during the run, and its time was set back", hint=hint)
 
 
 def collect(
@@ -84,27 +100,18 @@ def complete(
             digests = file_digests(paths.values(), 1)
             beside[output.to] = {name: (path.stat().st_size, digests[str(path)]) for name, path in paths.items()}
         except OSError as fault:
-            hint = "make room on the disk or check it, then go on with `--resume`"
-            raise StoppedError(f"cannot write into `{partial(output.to)}`: {fault.strerror}", hint=hint) from fault
+            message = f"cannot write into `{partial(output.to)}`: {fault.strerror}"
+            raise StoppedError(message, hint=hint_for(fault)) from fault
     text = lock(beside)
     for output in plan.outputs:
         try:
             _write(partial(output.to) / LOCK, text)
-            _fsync_folder(partial(output.to))
+            fsync_folder(partial(output.to))
         except OSError as fault:
-            hint = "make room on the disk or check it, then go on with `--resume`"
-            raise StoppedError(f"cannot write into `{partial(output.to)}`: {fault.strerror}", hint=hint) from fault
+            message = f"cannot write into `{partial(output.to)}`: {fault.strerror}"
+            raise StoppedError(message, hint=hint_for(fault)) from fault
     for output in reversed(plan.outputs):
-        folder, to = partial(output.to), Path(output.to)
-        try:
-            os.rename(folder, to)
-            # Only now: a crash before the rename leaves a run that can be resumed.
-            (to / JOURNAL).unlink(missing_ok=True)
-            _fsync_folder(to)
-            _fsync_folder(to.resolve().parent)
-        except OSError as fault:
-            hint = f"the merged checkpoint is whole in `{folder}`: move it where you want it"
-            raise StoppedError(f"cannot rename `{folder}` to `{to}`: {fault.strerror}", hint=hint) from fault
+        publish(partial(output.to), Path(output.to), plan.digest, output is plan.outputs[0])
 
 
 def notes_on(plan: Plan, keep_auto_map: bool) -> tuple[Problem, ...]:
@@ -145,7 +152,7 @@ def _permutations(plan: Plan, output: Output, solved: Mapping[str, Solved]) -> l
             _write(folder / file, to_bytes(orders, {"model": label, **found.figures}))
             names.append(f"{PERMUTATIONS}/{file}")
     if folder.is_dir():
-        _fsync_folder(folder)
+        fsync_folder(folder)
     return names
 
 
@@ -162,11 +169,3 @@ def _write(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite.errors import StoppedError
+from mergekit_lite.limits import hint_for
 
 NAME = "journal.jsonl"
 OTHERS = "journal.*.jsonl"
@@ -62,7 +63,7 @@ def is_held(file: int) -> bool:
     """Whether a process at work holds the journal that is open as `file`."""
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return True
     fcntl.flock(file, fcntl.LOCK_UN)
     return False
@@ -87,10 +88,16 @@ class Journal:
             raise _refused(self.path, fault) from fault
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as fault:
+        except BlockingIOError as fault:
             holder = _holder(_data(self._file))
             self.close()
             raise _taken(folder, holder) from fault
+        except OSError as fault:
+            if not _data(self._file):
+                self.path.unlink(missing_ok=True)
+            self.close()
+            hint = "choose a folder on a file system with file locks, such as a local disk"
+            raise StoppedError(f"cannot lock `{self.path}`: {fault.strerror}", hint=hint) from fault
         if rank == 0:
             try:
                 for path in self._others():
@@ -312,5 +319,4 @@ def _taken(folder: Path, holder: str) -> StoppedError:
 
 
 def _refused(path: Path, fault: OSError) -> StoppedError:
-    hint = "make room on the disk, or choose a folder that you may write to"
-    return StoppedError(f"cannot write `{path}`: {fault.strerror}", hint=hint)
+    return StoppedError(f"cannot write `{path}`: {fault.strerror}", hint=hint_for(fault))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -46,14 +47,17 @@ class Files:
         """Make and preallocate every file. Raises StoppedError where the disk has no room."""
         for output in self._outputs:
             folder = partial(output.to)
-            shards = [ShardFileWriter.create(folder / s.file, s.header, s.nbytes) for s in output.shards]
-            self._writers.append(shards)
+            self._writers.append([])
+            for shard in output.shards:  # each is known, and closed, whatever becomes of the next
+                self._writers[-1].append(ShardFileWriter.create(folder / shard.file, shard.header, shard.nbytes))
 
     def reopen(self) -> None:
         """Open the files of a stopped run. Raises StoppedError where one is missing or has another size."""
         for output in self._outputs:
             folder = partial(output.to)
-            self._writers.append([ShardFileWriter.open(folder / s.file, s.nbytes) for s in output.shards])
+            self._writers.append([])
+            for shard in output.shards:
+                self._writers[-1].append(ShardFileWriter.open(folder / shard.file, shard.nbytes))
 
     def write(self, output: int, tensor: OutTensor, start: int, values: Tensor) -> None:
         data = values.contiguous().view(torch.uint8).numpy().data
@@ -68,9 +72,10 @@ class Files:
                 shard.sync()
 
     def close(self) -> None:
-        for shards in self._writers:
-            for shard in shards:
-                shard.close()
+        with contextlib.ExitStack() as stack:  # all of them, though one fails
+            for shards in self._writers:
+                for shard in shards:
+                    stack.callback(shard.close)
 
 
 def make_safe(sink: Sink, journal: Journal) -> None:

@@ -6,17 +6,23 @@ import contextlib
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mergekit_lite.checkpoint.extras import find_extras
 from mergekit_lite.checkpoint.meta import TensorMeta
-from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.checkpoint.reader import MAX_OPEN_FILES, Reader
 from mergekit_lite.checkpoint.writer import free_bytes
 from mergekit_lite.errors import InputError, InterruptedRun, Problem, StoppedError
+from mergekit_lite.limits import hint_for, refusal
 from mergekit_lite.plan.model import Plan
 from mergekit_lite.run.journal import NAME, Done, Journal, read_beside
+from mergekit_lite.run.publish import fsync_folder, take_back
 from mergekit_lite.run.ranks import Ranks
 from mergekit_lite.run.sink import Files, make_safe, partial
+
+OTHER_FILES = 64  # standard streams, journals, libraries, digests
 
 
 @contextlib.contextmanager
@@ -72,6 +78,9 @@ def open_run(plan: Plan, resume: bool, run: str = "") -> Iterator[tuple[Files, J
     Raises StoppedError where an unfinished run lies there and `resume` is not asked for, where there is nothing to
     resume, where the plan has changed, or the disk is too small.
     """
+    if resume and (partial(plan.outputs[0].to) / NAME).exists():
+        Journal(partial(plan.outputs[0].to)).close()  # says so where that run is still at work
+        take_back(plan)
     for output in plan.outputs:
         to = Path(output.to)
         if _occupied(to):
@@ -90,8 +99,15 @@ def open_run(plan: Plan, resume: bool, run: str = "") -> Iterator[tuple[Files, J
             raise StoppedError(f"`{taken}` holds an unfinished run", hint=hint)
     if not resume:
         _check_room(plan)
-    made = [_make_folder(partial(output.to)) for output in plan.outputs]
-    journal = Journal(folder, run=run)
+    _allow_open_files(sum(len(output.shards) for output in plan.outputs))
+    made: list[list[Path]] = []
+    try:
+        for output in plan.outputs:
+            _make_folder(partial(output.to), made)
+        journal = Journal(folder, run=run)
+    except Exception:
+        _remove_folders(made)
+        raise
     files = Files(plan.outputs)
     try:
         head = _head(plan)
@@ -108,12 +124,19 @@ def open_run(plan: Plan, resume: bool, run: str = "") -> Iterator[tuple[Files, J
             done = Done()
             try:
                 files.create()
-            except Exception:  # On Ctrl-C they stay: `--resume` makes them again.
-                files.close()
-                _remove(plan, made)
+                files.sync()
+                for output in plan.outputs:
+                    fsync_folder(partial(output.to))
+                journal.begin(head)
+            except Exception as fault:  # On Ctrl-C they stay: `--resume` makes them again.
+                if not resume:
+                    with contextlib.suppress(StoppedError):
+                        files.close()
+                    _remove(plan, made)
+                if isinstance(fault, OSError):
+                    message = f"cannot write into `{folder}`: {fault.strerror}"
+                    raise StoppedError(message, hint=hint_for(fault)) from fault
                 raise
-            files.sync()
-            journal.begin(head)
         yield files, journal, done
     finally:
         files.close()
@@ -122,18 +145,41 @@ def open_run(plan: Plan, resume: bool, run: str = "") -> Iterator[tuple[Files, J
 
 @contextlib.contextmanager
 def interruptible(plan: Plan) -> Iterator[None]:
-    """Turns Ctrl-C before and after the loop into an InterruptedRun that says how to go on."""
+    """Turns Ctrl-C before and after the loop into an InterruptedRun, and what the system refuses into a StoppedError,
+    both of which say how to go on. Where a file was refused, the error that is on its way is told how to go on too."""
     try:
         yield
     except KeyboardInterrupt as fault:
-        first = plan.outputs[0].to  # the last one to be renamed
-        if (partial(first) / NAME).exists():
-            hint = "the same command with `--resume` goes on"
-        elif _occupied(Path(first)):
-            hint = f"it had ended already: `{first}` is whole"
-        else:
-            hint = "nothing was written: start it again"
-        raise InterruptedRun("stopped by Ctrl-C", hint=hint) from fault
+        raise InterruptedRun("stopped by Ctrl-C", hint=_way_on(plan)) from fault
+    except (StoppedError, InputError) as fault:
+        cause = fault.__cause__
+        if not isinstance(cause, OSError) or isinstance(cause, BlockingIOError):  # the latter: another run's lock
+            raise
+        raise type(fault)([_with_way_on(plan, problem) for problem in fault.problems]) from cause
+    except (OSError, MemoryError, RuntimeError, ImportError) as fault:
+        refused = refusal(fault)
+        if refused is None or isinstance(fault, BrokenPipeError):
+            raise
+        message, hint = refused
+        if isinstance(fault, OSError) and fault.filename is None:
+            message = f"cannot go on in `{partial(plan.outputs[0].to)}`: {fault.strerror}"
+        raise StoppedError(_with_way_on(plan, Problem(message, None, hint))) from fault
+
+
+def _with_way_on(plan: Plan, problem: Problem) -> Problem:
+    if problem.hint is not None and ("--resume" in problem.hint or "is whole" in problem.hint):
+        return problem
+    way = _way_on(plan)
+    return replace(problem, hint=way if problem.hint is None else f"{problem.hint}; {way}")
+
+
+def _way_on(plan: Plan) -> str:
+    first = plan.outputs[0].to  # the last one to be renamed
+    if (partial(first) / NAME).exists():
+        return "the same command with `--resume` goes on"
+    if _occupied(Path(first)):
+        return f"it had ended already: `{first}` is whole"
+    return "nothing was written: start it again"
 
 
 def check_tied(plan: Plan, reader: Reader) -> None:
@@ -171,15 +217,27 @@ def _occupied(to: Path) -> bool:
     return to.exists() and (not to.is_dir() or any(to.iterdir()))
 
 
-def _make_folder(folder: Path) -> list[Path]:
-    """Make a folder and those above it; gives the ones that were missing, the innermost first."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+def _make_folder(folder: Path, made: list[list[Path]]) -> None:
+    """Make a folder and those above it; adds the ones that were missing to `made`, the innermost first."""
+    made.append([place for place in (folder, *folder.parents) if not place.exists()])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
-        hint = "choose a folder that you may write to"
-        raise StoppedError(f"cannot make `{folder}`: {fault.strerror}", hint=hint) from fault
-    return missing
+        raise StoppedError(f"cannot make `{folder}`: {fault.strerror}", hint=hint_for(fault)) from fault
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise this process's own limit of open files, as far as it may, where `count` outputs would not fit into it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + MAX_OPEN_FILES + OTHER_FILES
+    if allowed != resource.RLIM_INFINITY and allowed < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            limit = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
 
 
 def _check_room(plan: Plan) -> None:
@@ -189,7 +247,8 @@ def _check_room(plan: Plan) -> None:
     for output in plan.outputs:
         parent = next(p for p in Path(output.to).resolve().parents if p.exists())
         device = os.stat(parent).st_dev
-        needed[device] = needed.get(device, 0) + output.nbytes
+        beside = find_extras(plan.checkpoints[output.donor], output.config).nbytes  # a tokenizer's file may be large
+        needed[device] = needed.get(device, 0) + output.nbytes + beside
         place[device] = parent
     for device, nbytes in needed.items():
         free = free_bytes(place[device])
@@ -200,11 +259,23 @@ def _check_room(plan: Plan) -> None:
 
 
 def _remove(plan: Plan, made: Sequence[Sequence[Path]]) -> None:
-    """Take away files that were just made and hold nothing, and the folders made for them."""
-    for output, folders in zip(plan.outputs, made, strict=True):
-        folder = partial(output.to)
-        for file in (NAME, *(shard.file for shard in output.shards)):
-            (folder / file).unlink(missing_ok=True)
+    """Take away files that were just made and hold nothing, and the folders made for them. The journal goes last: as
+    long as it is there, `--resume` goes on with whatever is left."""
+    with contextlib.suppress(OSError):
+        for output in plan.outputs:
+            for shard in output.shards:
+                (partial(output.to) / shard.file).unlink(missing_ok=True)
+        (partial(plan.outputs[0].to) / NAME).unlink(missing_ok=True)
+        for output in plan.outputs:
+            with contextlib.suppress(OSError):
+                partial(output.to).rmdir()
+    _remove_folders(made)
+
+
+def _remove_folders(made: Sequence[Sequence[Path]]) -> None:
+    """Take away the folders that were made, as far as they are empty."""
+    for folders in reversed(made):
         with contextlib.suppress(OSError):
-            for place in (folder, *folders[1:]) if folders else (folder,):
-                place.rmdir()
+            for folder in folders:
+                if folder.exists():
+                    folder.rmdir()
