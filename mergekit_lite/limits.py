@@ -7,6 +7,7 @@ the other places: such an error is no bug of this program, and its text alone te
 from __future__ import annotations
 
 import errno
+import resource
 
 # A call with wrong arguments is a bug of this program, whatever file it was made on; so is a reader who went away.
 _BUGS = frozenset({errno.EBADF, errno.EFAULT, errno.EINVAL, errno.EPIPE, errno.ESPIPE, errno.ENOTTY, errno.ECHILD})
@@ -39,9 +40,12 @@ def hint_for(fault: OSError) -> str:
 def refusal(fault: BaseException) -> tuple[str, str] | None:
     """What was refused and what to do about it, where `fault` says that the machine refused something; else None."""
     text = str(fault)
-    if isinstance(fault, MemoryError) or _says(fault, _MEMORY_SAYS):
+    # A thread's stack is memory too.
+    threads = _says(fault, _THREADS_SAY)
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    if isinstance(fault, MemoryError) or _says(fault, _MEMORY_SAYS) or (threads and limited):
         return f"the memory that this process may have does not suffice{_detail(text)}", MEMORY
-    if _says(fault, _THREADS_SAY):
+    if threads:
         return f"the system allows no further thread{_detail(text)}", THREADS
     if isinstance(fault, OSError) and fault.errno is not None and fault.errno not in _BUGS:
         place = "" if fault.filename is None else f" `{fault.filename}`"

@@ -427,12 +427,16 @@ def test_too_little_room_for_all_outputs_together(place: Place, monkeypatch: pyt
     place.refused(5, "has 500,000 bytes free, the output needs 60")
 
 
-def test_a_disk_that_fills_up_at_the_end(small_disk: Path, place: Place) -> None:
-    """The shards fit, the tokenizer does not: the run stops, and goes on once there is room."""
+def test_a_disk_that_fills_up_at_the_end(small_disk: Path, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shards fit, the tokenizer does not: the run is refused, or where somebody else took the room meanwhile it
+    stops, and goes on once there is room."""
     place.recipe(LINEAR, save="to: disk/m")
     (place.folder / "a" / "tokenizer.json").write_bytes(b" " * 100_000)
     (small_disk / "other").write_bytes(b"x" * 200_000)
-    code, err = place.run()
+    place.refused(5, "bytes free, the output needs 10")
+    with monkeypatch.context() as patch:
+        patch.setattr(start, "free_bytes", lambda path: 1 << 30)
+        code, err = place.run()
     assert code == 5 and "No space left on device" in err and "--resume" in err
     assert not (small_disk / "m").exists()
     (small_disk / "other").unlink()
