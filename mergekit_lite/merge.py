@@ -145,7 +145,9 @@ def open_models(
                 model.location, model.revision, mark=model.mark, offline=offline, pickled=allow_pickle
             )
             if model.adapter is not None:
-                adapter = open_adapter(model.adapter, model.adapter_revision, mark=model.mark, offline=offline)
+                adapter = open_adapter(
+                    model.adapter, model.adapter_revision, mark=model.mark, offline=offline, pickled=allow_pickle
+                )
                 opened = with_adapter(opened, adapter, model.mark)
             found[name] = opened
         except MergeError as error:
