@@ -28,7 +28,7 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 _ABSENT = "name the folder that peft's `save_pretrained` wrote, or download it again"
 _MAX_CONFIG_BYTES = 16 * 2**20
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|lora_B\.bias)")
 _FOLD = "fold it in with peft: `merge_and_unload()`, then `save_pretrained(...)`, and name that folder as the model"
 _PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "ADAPTION_PROMPT", "CPT")
@@ -208,11 +208,11 @@ def _modules(
     kind = config["peft_type"]
     for key, meta in metas.items():
         # peft wrote `lora_magnitude_vector.weight` for a while.
-        name = key.removeprefix(_PREFIX).replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+        name = key.removeprefix(PREFIX).replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
         match = (_KEY if kind == "LORA" else KEY).fullmatch(name)
         if match is not None:
             parts.setdefault(match["module"], {})[match["part"]] = meta
-        elif re.search(r"lora_|hada_|lokr_|ia3_", name) or not key.startswith(_PREFIX):
+        elif re.search(r"lora_|hada_|lokr_|ia3_", name) or not key.startswith(PREFIX):
             unknown.append(key)
         else:
             # A layer that is adapted and saved whole stands inside its wrapper.

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from mergekit_lite.recipe.links import final_step
-from mergekit_lite.recipe.model import Input, Model, Recipe, Save, Step
+from mergekit_lite.recipe.lora import SVDS
+from mergekit_lite.recipe.model import AsLora, Input, Model, Recipe, Save, Step
 from mergekit_lite.recipe.node import FLOAT, INTEGER, WORD
 from mergekit_lite.recipe.read import split_location
 from mergekit_lite.recipe.save import DEFAULT_SHARD, UNITS
@@ -140,6 +141,21 @@ def _save(save: Save) -> dict[str, Any]:
         data["dtype"] = save.dtype
     if save.shard != DEFAULT_SHARD:
         data["shard"] = size_text(save.shard)
+    if save.lora is not None:
+        data |= _lora(save.lora)
+    return data
+
+
+def _lora(lora: AsLora) -> dict[str, Any]:
+    data: dict[str, Any] = {"as": "lora", "base": lora.base.name}
+    if lora.rank is not None:
+        data["rank"] = lora.rank
+    if lora.energy is not None:
+        data["energy"] = lora.energy
+    if lora.svd != SVDS[0]:
+        data["svd"] = lora.svd
+    if lora.targets:
+        data["targets"] = list(lora.targets)
     return data
 
 
