@@ -29,6 +29,7 @@ def adapted(
         hint = "name the base in bfloat16: an adapter that was trained on a quantised copy fits it too"
         return table, [Problem(f"`{checkpoint.location}` is quantised and cannot take an adapter", mark, hint)]
     tied = dict(table.family.tied)
+    adapter = _once(adapter, tied)
     found, lost = places(_wanted(adapter), [*checkpoint.tensors, *tied, *tied.values()])
     problems = _lost(checkpoint, adapter, lost, mark) + _tied(checkpoint, adapter, found.values(), tied, mark)
     if problems:
@@ -36,6 +37,12 @@ def adapted(
     faults = Faults()
     folder = _Folder(builder, name, table, add, adapter, found, mark, faults)
     return replace(table, nodes=folder.nodes()), faults.problems()
+
+
+def _once(adapter: Adapter, tied: Mapping[str, str]) -> Adapter:
+    """The adapter without the head that peft saves beside an embedding to which it stays tied: they are one there."""
+    twice = [a for a, c in tied.items() if adapter.retied and {a, c} <= adapter.whole.keys()]
+    return replace(adapter, whole={n: meta for n, meta in adapter.whole.items() if n not in twice})
 
 
 def places(wanted: Iterable[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -120,7 +127,9 @@ class _Folder:
         nodes = dict(self.table.nodes)
         for name, meta in self.adapter.whole.items():
             place = self.found[name]
-            if self.fit(place, meta) and self.same(place, meta):
+            # Counters, such as a batch norm's, are copied like the base's.
+            alike = meta.dtype == self.table.dtypes[place]
+            if (alike or self.fit(place, meta)) and self.same(place, meta):
                 nodes[place] = self.builder.load(meta)
         turned = {module: self.turned(module, low) for module, low in self.adapter.low_rank.items()}
         # A square weight shows nothing: it lies as the adapter says, or as the linear layers that show it.

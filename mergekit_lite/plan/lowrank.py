@@ -107,6 +107,10 @@ def parts_of(
             made.factors[name] = delta(name)
         elif name in changed:
             made.biases[name] = whole(name)
+    # With `ensure_weight_tying` peft saves a tied head beside the embedding, and wants it there.
+    for alias, canonical in base.family.tied:
+        if canonical in made.whole:
+            made.whole[alias], made.dtypes[alias] = made.whole[canonical], made.dtypes[canonical]
     warnings = []
     if left:
         message = f"{len(left)} tensors of `{step}` differ from `{lora.base.name}` and stay as they are there"
@@ -173,9 +177,9 @@ def adapter_output(
         tensors.append(OutTensor(shown, shape, dtype, node, 0, starts[row], size))
         row += count
     shard = OutShard(WEIGHTS, header, len(header) + sum(size for *_, size in rows), tuple(tensors))
-    whole = parts.modules(parts.whole)
-    tied = any(name == canonical for name in parts.whole for _, canonical in base.family.tied)
-    config = adapter_config(base.config, checkpoint, kept, whole, bool(parts.biases), any_turned, tied)
+    tied = {alias for alias, canonical in base.family.tied if canonical in parts.whole}
+    whole = parts.modules(name for name in parts.whole if name not in tied)
+    config = adapter_config(base.config, checkpoint, kept, whole, bool(parts.biases), any_turned, bool(tied))
     return Output(to, step, (shard,), None, {}, base.donor, config)
 
 
