@@ -196,8 +196,8 @@ def run(
     from mergekit_lite.run.found import recall, remember
     from mergekit_lite.run.peers import LAST, Peers
     from mergekit_lite.run.ranks import ALONE, divide
-    from mergekit_lite.run.spectra import with_ranks
     from mergekit_lite.run.remembered import Remembered
+    from mergekit_lite.run.spectra import with_ranks
     from mergekit_lite.run.start import check_tied, interruptible, open_together
 
     began = time.perf_counter()

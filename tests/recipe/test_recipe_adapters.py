@@ -202,7 +202,7 @@ def test_inspect_shows_an_adapter(place: Path, capsys: pytest.CaptureFixture[str
 
 SAVES = [
     "{step: a, as: lora, base: b, rank: 16}",
-    "{step: a, to: out/x, dtype: float32, as: lora, base: b, rank: 8, energy: 0.9, svd: randomised, targets: [x, '*.y']}",
+    "{step: a, to: out/x, dtype: float32, as: lora, base: b, rank: 8, energy: 0.9, svd: randomised, targets: [x, y]}",
     "{step: a, as: lora, base: b, energy: 1, targets: x}",
 ]
 
