@@ -145,9 +145,11 @@ def open_models(
     for name in names:
         model = recipe.models[name]
         try:
-            opened = open_checkpoint(
-                model.location, model.revision, mark=model.mark, offline=offline, pickled=allow_pickle
-            )
+            opened = Checkpoint("", None, None, {}, {}, ())
+            if model.location:
+                opened = open_checkpoint(
+                    model.location, model.revision, mark=model.mark, offline=offline, pickled=allow_pickle
+                )
             if model.adapter is not None:
                 adapter = open_adapter(
                     model.adapter, model.adapter_revision, mark=model.mark, offline=offline, pickled=allow_pickle

@@ -71,3 +71,31 @@ def folding() -> Method:
         public=False,
         paper="LoRA, ICLR 2022, arXiv 2106.09685",
     )(lora)
+
+
+def multiply(xs: Sequence[Tensor], scale: float) -> Tensor:
+    """scale B A, of the factors A (r x in, with a kernel's axes behind) and B (out x r): the delta of an adapter."""
+    return summed(xs[1].flatten(1), xs[0].flatten(1)).mul_(scale)
+
+
+def multiply_turned(xs: Sequence[Tensor], scale: float) -> Tensor:
+    """scale (B A)^T, for weights that are stored as in x out."""
+    return summed(xs[0].T, xs[1].T).mul_(scale)
+
+
+@functools.cache
+def multiplying(transposed: bool) -> Method:
+    """`multiply`, or `multiply_turned`, as a method of the plan."""
+
+    def shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        a, b = shapes
+        return (a[1], b[0]) if transposed else (b[0], *a[1:])
+
+    return method(
+        Param("scale", "number", 1.0, "factor of the product"),
+        takes="delta",
+        inputs=(2, 2),
+        reach="matrix",
+        shape=shape,
+        public=False,
+    )(multiply_turned if transposed else multiply)

@@ -9,7 +9,7 @@ from mergekit_lite.checkpoint import lycoris
 from mergekit_lite.checkpoint.meta import MERGEABLE, Adapter, Checkpoint, LowRank, Product, TensorMeta
 from mergekit_lite.errors import Mark, Problem
 from mergekit_lite.methods import lycoris as products
-from mergekit_lite.methods.lora import folding
+from mergekit_lite.methods.lora import folding, multiplying
 from mergekit_lite.methods.spec import Call, Method, Slot
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.model import Node
@@ -25,6 +25,8 @@ def adapted(
     adapter = checkpoint.adapter
     if adapter is None:
         return table, []
+    if not checkpoint.location:
+        return alone(builder, name, adapter, table, mark)
     if table.quantized:
         hint = "name the base in bfloat16: an adapter that was trained on a quantised copy fits it too"
         return table, [Problem(f"`{checkpoint.location}` is quantised and cannot take an adapter", mark, hint)]
@@ -37,6 +39,33 @@ def adapted(
     faults = Faults()
     folder = _Folder(builder, name, table, add, adapter, found, mark, faults)
     return replace(table, nodes=folder.nodes()), faults.problems()
+
+
+def alone(builder: Builder, name: str, adapter: Adapter, table: Table, mark: Mark) -> tuple[Table, list[Problem]]:
+    """An adapter without its base as a table of deltas, scale times B A, by the adapter's own names."""
+    hint = f"name its base: `{name}: {{path: BASE, adapter: {adapter.location}}}`"
+    lows = adapter.low_rank.items()
+    unfit = [*adapter.products, *adapter.whole, *(m for m, low in lows if low.magnitude or low.bias or not low.a.shape)]
+    if unfit:
+        message = f"only the factors of LoRA are a delta without a base; `{adapter.location}` has more"
+        return table, [Problem(f"{message}: {listed(unfit)}", mark, hint)]
+    nodes: dict[str, Node] = {}
+    dtypes: dict[str, str] = {}
+    for module, low in lows:
+        place = f"{module}.weight"
+        a, b = low.a.shape, low.b.shape
+        if (
+            {low.a.dtype, low.b.dtype} - MERGEABLE
+            or len(a) != len(b)
+            or len(a) < 2
+            or b[1:] != (a[0], *(1 for _ in a[2:]))
+        ):
+            message = f"the factors of `{adapter.location}` do not fit one another: `{place}`"
+            return table, [Problem(message, mark, "is it an adapter that peft saved?")]
+        call = multiplying(low.embedding or adapter.transposed)(Slot(0), Slot(1), scale=low.scale)
+        nodes[place] = builder.call(call, [builder.load(low.a), builder.load(low.b)], [name] * 2, name, place)
+        dtypes[place] = low.a.dtype
+    return replace(table, space="delta", nodes=nodes, dtypes=dtypes), []
 
 
 def _once(adapter: Adapter, tied: Mapping[str, str]) -> Adapter:

@@ -21,9 +21,12 @@ MODEL: Schema = {
             "type": "object",
             "properties": {
                 "path": {**TEXT, "description": "The base: a path, or a Hub id with @revision."},
-                "adapter": {**TEXT, "description": "A LoRA adapter that is folded in: a folder, or a Hub id."},
+                "adapter": {
+                    **TEXT,
+                    "description": "An adapter that is folded in, or without `path` a delta: a folder, or a Hub id.",
+                },
             },
-            "required": ["path", "adapter"],
+            "required": ["adapter"],
             "additionalProperties": False,
         },
     ]

@@ -21,7 +21,7 @@ class Ref:
 @dataclass(frozen=True, slots=True)
 class Model:
     """A checkpoint to load: `location` is a path or a Hub id, `revision` what stood after `@`. `adapter` and its
-    revision are those of an adapter that is folded in."""
+    revision are those of an adapter that is folded in; without a location it is a delta by itself."""
 
     name: str
     location: str

@@ -77,11 +77,13 @@ def located(model: Model) -> str:
     """The model's location as a person reads it: `org/name@revision`, with an adapter `org/name@revision + ./lora`.
     ValueError as in `_model`."""
     written = _model(model)
-    return written if isinstance(written, str) else f"{written['path']} + {written['adapter']}"
+    return written if isinstance(written, str) else " + ".join(written.values())
 
 
 def _model(model: Model) -> str | dict[str, str]:
     """The model as a recipe writes it. ValueError where something else than a Hub id has a revision."""
+    if model.adapter is not None and not model.location:
+        return {"adapter": _place(model.adapter, model.adapter_revision)}
     path = _place(model.location, model.revision)
     if model.adapter is None:
         return path

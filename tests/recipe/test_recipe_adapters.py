@@ -62,7 +62,7 @@ def test_an_adapter_on_the_command_line() -> None:
         ({"path": "org/a", "adapter": "./l"}, True),
         ("org/a", True),
         ({"path": "org/a"}, False),
-        ({"adapter": "./l"}, False),
+        ({"adapter": "./l"}, True),
         ({"path": "org/a", "adapter": ["./l"]}, False),
         ({"path": "org/a", "adapter": "./l", "weight": 1}, False),
         ({}, False),
@@ -195,9 +195,9 @@ def test_inspect_shows_an_adapter(place: Path, capsys: pytest.CaptureFixture[str
     assert found["parameters"] == sum(value.numel() for value in load_file("x/adapter_model.safetensors").values())
     assert execute(["inspect", "base"]) == 0
     assert "adapter" not in capsys.readouterr().out
-    write_adapter(place / "x", {}, peft_type="LOHA")
+    write_adapter(place / "x", {}, peft_type="ADALORA")
     assert execute(["inspect", "x"]) == 4
-    assert "only LORA" in capsys.readouterr().err
+    assert "what is read is LORA" in capsys.readouterr().err
 
 
 SAVES = [
