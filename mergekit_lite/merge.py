@@ -35,7 +35,9 @@ class Result:
     """What a run did. `shards` gives the BLAKE3 digest of every shard by output folder and file name; `nonfinite` (in
     the inputs), `output_nonfinite` and `overflow` count numbers by tensor; `changed` names the shards whose bytes
     differ from the recipe's lock; `alignments` gives figures of the orders of units that were found, by step; `notes`
-    tell what of the inputs' configurations the outputs lack."""
+    tell what of the inputs' configurations the outputs lack. `errors` gives, by output folder of an adapter and module,
+    the norm of the change and the norm of what the factors leave of it. `plan` is what was carried out, with all ranks
+    of adapters known."""
 
     outputs: tuple[str, ...]
     shards: Mapping[str, Mapping[str, str]]
@@ -49,6 +51,8 @@ class Result:
     alignments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: tuple[Problem, ...] = ()
     output_nonfinite: Mapping[str, int] = field(default_factory=dict)
+    errors: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    plan: Plan | None = None
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -141,11 +145,15 @@ def open_models(
     for name in names:
         model = recipe.models[name]
         try:
-            opened = open_checkpoint(
-                model.location, model.revision, mark=model.mark, offline=offline, pickled=allow_pickle
-            )
+            opened = Checkpoint("", None, None, {}, {}, ())
+            if model.location:
+                opened = open_checkpoint(
+                    model.location, model.revision, mark=model.mark, offline=offline, pickled=allow_pickle
+                )
             if model.adapter is not None:
-                adapter = open_adapter(model.adapter, model.adapter_revision, mark=model.mark, offline=offline)
+                adapter = open_adapter(
+                    model.adapter, model.adapter_revision, mark=model.mark, offline=offline, pickled=allow_pickle
+                )
                 opened = with_adapter(opened, adapter, model.mark)
             found[name] = opened
         except MergeError as error:
@@ -182,7 +190,7 @@ def run(
     """
     from mergekit_lite.checkpoint.reader import Reader
     from mergekit_lite.plan.budget import check_budget
-    from mergekit_lite.plan.lock import changed_inputs, changed_outputs, lock_text
+    from mergekit_lite.plan.lock import changed_inputs, changed_outputs, errors_of, lock_text
     from mergekit_lite.plan.order import BLOCK
     from mergekit_lite.run.digest import Digests, file_digests
     from mergekit_lite.run.execute import Findings, Options, execute
@@ -199,6 +207,7 @@ def run(
     from mergekit_lite.run.peers import LAST, Peers
     from mergekit_lite.run.ranks import ALONE, divide
     from mergekit_lite.run.remembered import Remembered
+    from mergekit_lite.run.spectra import with_ranks
     from mergekit_lite.run.start import check_tied, interruptible, open_together
 
     began = time.perf_counter()
@@ -207,6 +216,7 @@ def run(
     if plan.memory is not None:
         check_budget(plan, threads, block, device)
         count, block = min(count, plan.threads), block or plan.block
+    plan = with_ranks(plan, Options(count, block or BLOCK, strict, device, progress))
     files = input_files(plan)
     shares = divide(plan, files, ranks.count)
     share = shares[ranks.number]
@@ -269,7 +279,8 @@ def run(
             inputs, shards = collect(plan, shares, peers.exchange(LAST, digested))
             findings = Findings.sum(merged)
             journal.absorb()
-            complete(plan, lambda beside: lock_text(plan, inputs, shards, beside), solved, keep_auto_map)
+            errors = errors_of(plan, findings.figures)
+            complete(plan, lambda beside: lock_text(plan, inputs, shards, beside, errors), solved, keep_auto_map)
     return Result(
         outputs=tuple(output.to for output in plan.outputs),
         shards=shards,
@@ -283,6 +294,8 @@ def run(
         alignments={name: found.figures for name, found in solved.items()},
         notes=tuple(notes),
         output_nonfinite=findings.output_nonfinite,
+        errors=errors_of(plan, findings.figures),
+        plan=plan,
     )
 
 
@@ -308,6 +321,8 @@ def merge_in_memory(
 
     if len(recipe.saves) != 1:
         raise RecipeError(Problem("in memory a recipe has one `save`", None, "keep one of them"))
+    if recipe.saves[0].lora is not None:
+        raise RecipeError(Problem("an adapter is not made in memory", recipe.saves[0].mark, "use `run`"))
     with_adapters = [recipe.models[name] for name in used_models(recipe) if recipe.models[name].adapter is not None]
     if with_adapters:
         hint = "fold it in first, with peft's `merge_and_unload()`, and give that model's state dict"

@@ -32,6 +32,7 @@ import yaml
 from mergekit_lite import load_recipe, merge, merge_in_memory, plan
 from mergekit_lite.cli.app import execute
 from mergekit_lite.methods.registry import all_methods
+from mergekit_lite.recipe.model import Recipe
 from tests.conftest import Demo
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +99,15 @@ def run(*words: str) -> tuple[int, str]:
     return code, shown.getvalue()
 
 
+def folded(base: str, recipe: Recipe, adapter: str) -> Path:
+    """The folder of what an adapter that a recipe has saved makes of its base."""
+    model = f"{{path: {recipe.models[base].location}, adapter: {adapter}}}"
+    Path("folded.yaml").write_text(f"version: 1\nmodels: {{m: {model}}}\nsave: {{step: m, to: out/folded}}\n")
+    code, shown = run("run", "folded.yaml")
+    assert code == 0, shown
+    return Path("out/folded")
+
+
 def mean_accuracy(weights: digits.Weights, part: str) -> float:
     images, labels = digits.split(part)
     scores = [digits.accuracy(weights, digits.show(task, images), labels) for task in digits.TASKS]
@@ -115,7 +125,7 @@ def test_a_recipe_gives_a_network_that_works(path: str, place: Path):
     base = digits.load(Path("demo/base"))
     for save in recipe.saves:
         assert save.to is not None
-        weights = digits.load(Path(save.to))
+        weights = digits.load(Path(save.to) if save.lora is None else folded(save.lora.base.name, recipe, save.to))
         assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
         assert digits.forward(weights, torch.zeros(1, 64)).shape == (1, 10)
         if not any(step.use == "stack" for step in recipe.steps.values()):

@@ -1,4 +1,4 @@
-"""Finds a LoRA adapter that peft saved and reads its configuration and header. No torch, and never a byte of a tensor.
+"""Finds an adapter that peft saved and reads its configuration and header. No torch, and never a byte of a tensor.
 
 An adapter is a stranger's: nothing that its configuration names is opened, and its patterns are matched only where that
 takes little time.
@@ -18,15 +18,21 @@ from typing import Any
 from mergekit_lite.checkpoint.header import read_header
 from mergekit_lite.checkpoint.hub import fetch, is_hub_id
 from mergekit_lite.checkpoint.inside import inside, parse_object, read_bytes
-from mergekit_lite.checkpoint.meta import Adapter, Checkpoint, LowRank, ShardFile, TensorMeta
+from mergekit_lite.checkpoint.lycoris import KEY, PARTS, config_faults, product
+from mergekit_lite.checkpoint.meta import Adapter, Checkpoint, LowRank, Product, ShardFile, TensorMeta
+from mergekit_lite.checkpoint.pickled import read_pickled
 from mergekit_lite.errors import InputError, Mark, Problem
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+_ABSENT = "name the folder that peft's `save_pretrained` wrote, or download it again"
 _MAX_CONFIG_BYTES = 16 * 2**20
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|lora_B\.bias)")
 _FOLD = "fold it in with peft: `merge_and_unload()`, then `save_pretrained(...)`, and name that folder as the model"
+_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "ADAPTION_PROMPT", "CPT")
+_PROMPT = "it adds to the model's input, not to its weights: merge the base, and load this adapter on the result"
 # What changes the meaning of the factors, or what they are applied to.
 _UNREAD: Mapping[str, str] = {
     "target_parameters": "adapts parameters that are no module's weight (`target_parameters`)",
@@ -45,15 +51,18 @@ _MOST_STEPS = 10**9
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "kasa")
 
 
-def open_adapter(location: str, revision: str | None, *, mark: Mark | None = None, offline: bool = False) -> Adapter:
+def open_adapter(
+    location: str, revision: str | None, *, mark: Mark | None = None, offline: bool = False, pickled: bool = False
+) -> Adapter:
     """The adapter at `location`: a folder as peft's `save_pretrained` leaves it, otherwise a Hub id with `revision`.
+    `pickled` reads `adapter_model.bin` too, as plain data, where there is nothing else.
 
     Raises InputError, with `mark` in every problem, for whatever is missing, unreachable, corrupt, or not a LoRA
     adapter that can be added to the weights of a base.
     """
     try:
-        folder, commit = _folder(location, revision, offline)
-        return _read(location, commit, folder)
+        folder, commit = _folder(location, revision, offline, pickled)
+        return _read(location, commit, folder, pickled)
     except InputError as error:
         raise InputError([replace(problem, mark=problem.mark or mark) for problem in error.problems]) from error
 
@@ -70,7 +79,7 @@ def with_adapter(base: Checkpoint, adapter: Adapter, mark: Mark | None = None) -
     return replace(base, shards=(*base.shards, *adapter.files), notes=notes, adapter=adapter)
 
 
-def _folder(location: str, revision: str | None, offline: bool) -> tuple[Path, str | None]:
+def _folder(location: str, revision: str | None, offline: bool, pickled: bool) -> tuple[Path, str | None]:
     path = Path(os.path.abspath(os.path.expanduser(location)))
     if location and os.path.exists(path):
         if revision is not None:
@@ -82,10 +91,10 @@ def _folder(location: str, revision: str | None, offline: bool) -> tuple[Path, s
     if not is_hub_id(location):
         hint = f"give a folder that holds {CONFIG} and {WEIGHTS}, or a Hub id such as `organisation/name`"
         raise InputError(f"there is no adapter at `{location}`", hint=hint)
-    return fetch(location, revision, offline=offline)
+    return fetch(location, revision, offline=offline, more=(PICKLED,) if pickled else ())
 
 
-def _read(location: str, revision: str | None, folder: Path) -> Adapter:
+def _read(location: str, revision: str | None, folder: Path, pickled: bool) -> Adapter:
     try:
         names = set(os.listdir(folder))
     except OSError as error:
@@ -100,14 +109,17 @@ def _read(location: str, revision: str | None, folder: Path) -> Adapter:
     problems = _unreadable(location, config)
     if problems:
         raise InputError(problems)
-    if WEIGHTS not in names:
+    if WEIGHTS in names:
+        header = read_header(inside(folder, WEIGHTS), os.path.join(location, WEIGHTS))
+    elif PICKLED in names and pickled:
+        header = read_pickled(inside(folder, PICKLED), os.path.join(location, PICKLED))
+    else:
         hint = (
-            "pickled weights (adapter_model.bin) can run code and are not read: load the adapter once with peft's "
-            "`PeftModel.from_pretrained(...)` and save it with `save_pretrained(..., safe_serialization=True)`"
+            "pickled weights can run code, so they are read only with `--allow-pickle`, as plain data; or load it with "
+            "peft's `PeftModel.from_pretrained(...)` and save it with `save_pretrained(..., safe_serialization=True)`"
         )
-        raise InputError(f"the adapter `{location}` holds no {WEIGHTS}", hint=hint)
-    header = read_header(inside(folder, WEIGHTS), os.path.join(location, WEIGHTS))
-    low_rank, whole = _modules(location, config, {meta.name: meta for meta in header.tensors})
+        raise InputError(f"the adapter `{location}` holds no {WEIGHTS}", hint=hint if PICKLED in names else _ABSENT)
+    low_rank, products, whole = _modules(location, config, {meta.name: meta for meta in header.tensors})
     base = config.get("base_model_name_or_path")
     return Adapter(
         location=location,
@@ -119,6 +131,8 @@ def _read(location: str, revision: str | None, folder: Path) -> Adapter:
         transposed=config.get("fan_in_fan_out") is True,
         retied=config.get("ensure_weight_tying") is True,
         base=base if isinstance(base, str) else None,
+        products=products,
+        kind=config["peft_type"],
     )
 
 
@@ -136,9 +150,10 @@ def _config(path: Path) -> tuple[dict[str, Any], ShardFile]:
 def _unreadable(location: str, config: Mapping[str, Any]) -> list[Problem]:
     """What in the configuration cannot be carried out, or is no configuration of peft's."""
     kind = config.get("peft_type")
-    if kind != "LORA":
+    if not isinstance(kind, str) or kind not in ("LORA", *PARTS):
         shown = f"of the type {kind}" if isinstance(kind, str) else f"without a `peft_type` in its {CONFIG}"
-        return [Problem(f"the adapter `{location}` is {shown}; only LORA (with DoRA) is read", None, _FOLD)]
+        message = f"the adapter `{location}` is {shown}; what is read is LORA (with DoRA), LOHA, LOKR and IA3"
+        return [Problem(message, None, _PROMPT if kind in _PROMPTS else _FOLD)]
     problems = [
         Problem(f"the adapter `{location}` {what}, which is not supported", None, _FOLD)
         for key, what in _UNREAD.items()
@@ -151,13 +166,16 @@ def _unreadable(location: str, config: Mapping[str, Any]) -> list[Problem]:
         problems.append(Problem(message, None, hint))
     flags = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "ensure_weight_tying")
     faults = [f"`{key}` is true or false" for key in flags if not isinstance(config.get(key, False), bool | None)]
-    if not _is_number(config.get("lora_alpha")):
+    if kind != "LORA":
+        faults += config_faults(kind, config, _is_number)
+    elif not _is_number(config.get("lora_alpha")):
         faults.append("`lora_alpha` is a number")
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict) or not all(map(_is_number, patterns.values())):
-        faults.append("`alpha_pattern` maps names to numbers")
-    else:
-        faults += [f"`{key[:200]}` in `alpha_pattern` is no simple pattern" for key in patterns if not _simple(key)]
+    for name in ("alpha_pattern", "rank_pattern") if kind == "LOKR" else ("alpha_pattern",):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, dict) or not all(map(_is_number, patterns.values())):
+            faults.append(f"`{name}` maps names to numbers")
+        else:
+            faults += [f"`{key[:200]}` in `{name}` is no simple pattern" for key in patterns if not _simple(key)]
     hint = f"correct {CONFIG}, or {_FOLD}"
     return problems + [Problem(f"the {CONFIG} of `{location}` is wrong: {fault}", None, hint) for fault in faults]
 
@@ -181,48 +199,52 @@ def _simple(pattern: str) -> bool:
 
 def _modules(
     location: str, config: Mapping[str, Any], metas: Mapping[str, TensorMeta]
-) -> tuple[dict[str, LowRank], dict[str, TensorMeta]]:
+) -> tuple[dict[str, LowRank], dict[str, Product], dict[str, TensorMeta]]:
     """The tensors of the file by what they belong to. Raises InputError for a factor without its partner and for names
-    that no LoRA adapter has."""
+    that no such adapter has."""
     parts: dict[str, dict[str, TensorMeta]] = {}
     whole: dict[str, TensorMeta] = {}
     unknown: list[str] = []
+    kind = config["peft_type"]
     for key, meta in metas.items():
         # peft wrote `lora_magnitude_vector.weight` for a while.
-        name = key.removeprefix(_PREFIX).replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
-        match = _KEY.fullmatch(name)
+        name = key.removeprefix(PREFIX).replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+        match = (_KEY if kind == "LORA" else KEY).fullmatch(name)
         if match is not None:
             parts.setdefault(match["module"], {})[match["part"]] = meta
-        elif "lora_" in name or not key.startswith(_PREFIX):
+        elif re.search(r"lora_|hada_|lokr_|ia3_", name) or not key.startswith(PREFIX):
             unknown.append(key)
         else:
             # A layer that is adapted and saved whole stands inside its wrapper.
             whole[name.replace(".base_layer.", ".")] = meta
     problems = []
     if unknown:
-        message = f"the adapter `{location}` holds {len(unknown)} tensors that are no part of LoRA: {_few(unknown)}"
+        shown = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr", "IA3": "(IA)^3"}[kind]
+        message = f"the adapter `{location}` holds {len(unknown)} tensors that are no part of {shown}: {_few(unknown)}"
         problems.append(Problem(message, None, _FOLD))
     if not metas:
         problems.append(Problem(f"the adapter `{location}` holds no tensors", None, "download it again"))
     if _steps(parts, config) > _MOST_STEPS:
         message = f"the adapter `{location}` has too many patterns in `alpha_pattern`, or too long names of modules"
         raise InputError(message, hint=_FOLD)
-    patterns = {re.compile(key): float(alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()}
+    number = _Numbers(config)
     low_rank: dict[str, LowRank] = {}
+    products: dict[str, Product] = {}
     alone: list[str] = []
     for module, found in parts.items():
-        made = _low_rank(module, found, config, patterns)
-        if made is None:
-            alone += [meta.name for meta in found.values()]
+        if kind == "LORA" and (low := _low_rank(module, found, config, number)) is not None:
+            low_rank[module] = low
+        elif kind != "LORA" and (made := product(kind, module, found, number)) is not None:
+            products[module] = made
         else:
-            low_rank[module] = made
+            alone += [meta.name for meta in found.values()]
     if alone:
         message = f"the adapter `{location}` holds {len(alone)} tensors without their partners: {_few(alone)}"
         hint = "every `lora_A` needs its `lora_B`, with `use_dora` also its `lora_magnitude_vector`: download it again"
-        problems.append(Problem(message, None, hint))
+        problems.append(Problem(message, None, hint if kind == "LORA" else "download it again"))
     if problems:
         raise InputError(problems)
-    return low_rank, whole
+    return low_rank, products, whole
 
 
 def _steps(modules: Iterable[str], config: Mapping[str, Any]) -> int:
@@ -232,15 +254,13 @@ def _steps(modules: Iterable[str], config: Mapping[str, Any]) -> int:
     for name in modules:
         for repeats in range(3):
             by_repeats[repeats] += (1 + name.count(".")) * len(name) ** repeats
-    patterns = config.get("alpha_pattern") or {}
+    used = ("alpha_pattern", "rank_pattern") if config["peft_type"] == "LOKR" else ("alpha_pattern",)
+    patterns = [pattern for name in used for pattern in config.get(name) or {}]
     return sum(by_repeats[sum(map(pattern.count, "*+?{"))] for pattern in patterns)
 
 
 def _low_rank(
-    module: str,
-    found: Mapping[str, TensorMeta],
-    config: Mapping[str, Any],
-    patterns: Mapping[re.Pattern[str], float],
+    module: str, found: Mapping[str, TensorMeta], config: Mapping[str, Any], number: _Numbers
 ) -> LowRank | None:
     """What is added to one module; None where parts of it are missing or do not go together."""
     embedding = "lora_embedding_A" in found
@@ -250,18 +270,29 @@ def _low_rank(
     if not {a, b} <= set(found) <= known or (magnitude is not None) != (config.get("use_dora") is True):
         return None
     rank = found[a].shape[0] if found[a].shape else 0
-    alpha = _alpha(module, patterns, float(config["lora_alpha"]))
+    alpha = number(module, "alpha_pattern", "lora_alpha")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") is True else rank) if rank else 0.0
     return LowRank(found[a], found[b], float(scale), embedding, magnitude, bias)
 
 
-def _alpha(module: str, patterns: Mapping[re.Pattern[str], float], otherwise: float) -> float:
-    """The module's `lora_alpha`: that of the first pattern that is its name or the end of it, as peft finds it."""
-    starts = [0, *(match.end() for match in re.finditer(r"\.", module))]
-    for pattern, alpha in patterns.items():
-        if any(pattern.fullmatch(module, start) for start in starts):
-            return alpha
-    return otherwise
+class _Numbers:
+    """The numbers of a configuration that patterns change for some modules."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        self._config = config
+        self._patterns: dict[str, list[tuple[re.Pattern[str], float]]] = {}
+
+    def __call__(self, module: str, patterns: str, otherwise: str) -> float:
+        """That of the first pattern that is the module's name or the end of it, as peft finds it, or the one that holds
+        for all modules."""
+        if patterns not in self._patterns:
+            given = (self._config.get(patterns) or {}).items()
+            self._patterns[patterns] = [(re.compile(key), float(value)) for key, value in given]
+        starts = [0, *(match.end() for match in re.finditer(r"\.", module))]
+        for pattern, value in self._patterns[patterns]:
+            if any(pattern.fullmatch(module, start) for start in starts):
+                return value
+        return float(self._config[otherwise])
 
 
 def _few(names: list[str]) -> str:

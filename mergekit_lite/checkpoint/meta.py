@@ -73,13 +73,24 @@ class LowRank:
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
-    """A LoRA adapter seen through its configuration and its header.
+class Product:
+    """What an adapter of the kind `LOHA`, `LOKR` or `IA3` does to one weight: `parts` are its tensors by the names that
+    peft gives them, `scale` the factor of what is added."""
 
-    `low_rank` has an entry for each adapted module, by the module's name; `whole` are tensors that take the place of
-    the base's, by name. `files` are the weights and the configuration, both of which decide the result. `transposed`
-    tells that the weights of linear layers are stored as in x out, `retied` that a tied head follows the embedding.
-    `base` is the model that the adapter says it was made for.
+    kind: str
+    parts: Mapping[str, TensorMeta]
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter seen through its configuration and its header. `kind` is peft's: `LORA`, `LOHA`, `LOKR`, `IA3`.
+
+    `low_rank` has an entry for each module that LoRA adapts, by the module's name, `products` one for each that another
+    kind adapts; `whole` are tensors that take the place of the base's, by name. `files` are the weights and the
+    configuration, both of which decide the result. `transposed` tells that the weights of linear layers are stored as
+    in x out, `retied` that a tied head follows the embedding. `base` is the model that the adapter says it was made
+    for.
     """
 
     location: str
@@ -91,6 +102,8 @@ class Adapter:
     transposed: bool = False
     retied: bool = False
     base: str | None = None
+    products: Mapping[str, Product] = field(default_factory=dict)
+    kind: str = "LORA"
 
 
 @dataclass(frozen=True, slots=True)

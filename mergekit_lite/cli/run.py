@@ -87,6 +87,7 @@ def run(
             )
     if ranks.number:
         return
+    made = result.plan or made
     found = findings(result)
     show.warnings(found)
     if json:
@@ -103,6 +104,8 @@ def run(
                 f"lock {Path(output.to) / 'recipe.lock.yaml'}",
             ]
             show.line(" · ".join(parts))
+            for text in fidelity(result.errors.get(output.to, {})):
+                show.line(text)
     if result.changed:
         raise typer.Exit(1)
 
@@ -151,6 +154,22 @@ def _causes(result: Result) -> tuple[dict[str, int], dict[str, int]]:
     return passed, made
 
 
+def fidelity(errors: Mapping[str, tuple[float, float]]) -> list[str]:
+    """How near an adapter comes to the change that it stands for, in lines; nothing where there is none."""
+    if not errors:
+        return []
+    from mergekit_lite.plan.lock import relative
+
+    found = relative(errors)
+    modules = [(name, error) for name, error in found["modules"].items() if error is not None]
+    worst = sorted(modules, key=lambda pair: -pair[1])[:SHOWN]
+    shown = ", ".join(f"{error:.3g} {name}" for name, error in worst)
+    more = f" and {len(modules) - SHOWN} more in the lock" if len(modules) > SHOWN else ""
+    whole = "not a number" if found["all"] is None else f"{found['all']:.3g}"
+    lines = [f"error {whole} of the norm of the change, in {show.count(len(errors), 'module')}"]
+    return [*lines, f"largest: {shown}{more}"] if shown else lines
+
+
 def matched(labels: Sequence[str], figures: Mapping[str, Any]) -> list[str]:
     """What was found for each model whose units were put in order, in a line; nothing where a file told the order."""
     found = figures.get("models", [figures])
@@ -168,6 +187,8 @@ def matched(labels: Sequence[str], figures: Mapping[str, Any]) -> list[str]:
 
 def as_json(plan: Plan, result: Result, warnings: list[Problem]) -> dict[str, Any]:
     """The result of a run as data for JSON. Sizes are bytes, times are seconds."""
+    from mergekit_lite.plan.lock import relative
+
     return {
         "outputs": [
             {
@@ -178,6 +199,7 @@ def as_json(plan: Plan, result: Result, warnings: list[Problem]) -> dict[str, An
                     {"file": s.file, "bytes": s.nbytes, "blake3": result.shards[output.to][s.file]}
                     for s in output.shards
                 ],
+                **({"error": relative(result.errors[output.to])} if result.errors.get(output.to) else {}),
             }
             for output in plan.outputs
         ],

@@ -26,11 +26,7 @@ def lora(xs: Sequence[Tensor], scale: float, transposed: bool, dora: bool) -> Te
     """
     weight, a, b = xs[0].flatten(1), xs[1].flatten(1), xs[2].flatten(1)
     left, right = (a.T, b.T.contiguous()) if transposed else (b, a)
-    product, term = torch.zeros_like(weight), torch.empty_like(weight)
-    for column, row in zip(left.unbind(1), right.unbind(0), strict=True):
-        torch.mul(column.unsqueeze(1), row, out=term)
-        product.add_(term)
-    folded: Tensor = add.fn([product, weight], [scale])
+    folded: Tensor = add.fn([summed(left, right), weight], [scale])
     if not dora:
         return folded
     axis = 0 if transposed else 1
@@ -39,6 +35,16 @@ def lora(xs: Sequence[Tensor], scale: float, transposed: bool, dora: bool) -> Te
     # A row of zeros has no direction and stays one.
     factor = torch.where(norm > 0, xs[3].reshape(-1, 1) / norm, 1.0).to(folded)
     return folded.mul_(factor.movedim(-1, axis))
+
+
+def summed(left: Tensor, right: Tensor) -> Tensor:
+    """The product of (m, r) and (r, n), summed over r in order: no entry depends on the others."""
+    product = torch.zeros(len(left), right.shape[1], dtype=left.dtype, device=left.device)
+    term = torch.empty_like(product)
+    for column, row in zip(left.unbind(1), right.unbind(0), strict=True):
+        torch.mul(column.unsqueeze(1), row, out=term)
+        product.add_(term)
+    return product
 
 
 def _reach(params: Params) -> Reach:
@@ -65,3 +71,31 @@ def folding() -> Method:
         public=False,
         paper="LoRA, ICLR 2022, arXiv 2106.09685",
     )(lora)
+
+
+def multiply(xs: Sequence[Tensor], scale: float) -> Tensor:
+    """scale B A, of the factors A (r x in, with a kernel's axes behind) and B (out x r): the delta of an adapter."""
+    return summed(xs[1].flatten(1), xs[0].flatten(1)).mul_(scale)
+
+
+def multiply_turned(xs: Sequence[Tensor], scale: float) -> Tensor:
+    """scale (B A)^T, for weights that are stored as in x out."""
+    return summed(xs[0].T, xs[1].T).mul_(scale)
+
+
+@functools.cache
+def multiplying(transposed: bool) -> Method:
+    """`multiply`, or `multiply_turned`, as a method of the plan."""
+
+    def shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        a, b = shapes
+        return (a[1], b[0]) if transposed else (b[0], *a[1:])
+
+    return method(
+        Param("scale", "number", 1.0, "factor of the product"),
+        takes="delta",
+        inputs=(2, 2),
+        reach="matrix",
+        shape=shape,
+        public=False,
+    )(multiply_turned if transposed else multiply)

@@ -170,6 +170,7 @@ class Method:
     them is read for a block of rows. They come to `fn` as matrices, in the compute dtype.
     `plain` says of an element method that `fn` uses nothing of the blocks but `x * number`, `x - y`, `add_`, `clone`,
     `shape` and `new_zeros`: where no other kind takes part in a merge, NumPy may do these and torch is not imported.
+    The last `figures` numbers of a result are told at the end of the run, and not stored.
     `check(params, inputs)` gives what is wrong with a combination of settings, `remark` what deserves a warning; both
     give None where all is well, and `inputs` counts what stands in `of`.
     """
@@ -199,6 +200,7 @@ class Method:
     without: Callable[..., Any] | None = None
     fits: Callable[[Sequence[tuple[int, ...]]], str | None] | None = None
     beside: Callable[[Params], tuple[Beside, ...]] | None = None
+    figures: int = 0
     public: bool = True
     doc: str = ""
     module: str = ""

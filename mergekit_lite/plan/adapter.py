@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mergekit_lite.checkpoint.meta import MERGEABLE, Adapter, Checkpoint, LowRank, TensorMeta
+from mergekit_lite.checkpoint import lycoris
+from mergekit_lite.checkpoint.meta import MERGEABLE, Adapter, Checkpoint, LowRank, Product, TensorMeta
 from mergekit_lite.errors import Mark, Problem
-from mergekit_lite.methods.lora import folding
-from mergekit_lite.methods.spec import Method, Slot
+from mergekit_lite.methods import lycoris as products
+from mergekit_lite.methods.lora import folding, multiplying
+from mergekit_lite.methods.spec import Call, Method, Slot
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.model import Node
 from mergekit_lite.plan.steps import Faults, listed
@@ -23,10 +25,13 @@ def adapted(
     adapter = checkpoint.adapter
     if adapter is None:
         return table, []
+    if not checkpoint.location:
+        return alone(builder, name, adapter, table, mark)
     if table.quantized:
         hint = "name the base in bfloat16: an adapter that was trained on a quantised copy fits it too"
         return table, [Problem(f"`{checkpoint.location}` is quantised and cannot take an adapter", mark, hint)]
     tied = dict(table.family.tied)
+    adapter = _once(adapter, tied)
     found, lost = places(_wanted(adapter), [*checkpoint.tensors, *tied, *tied.values()])
     problems = _lost(checkpoint, adapter, lost, mark) + _tied(checkpoint, adapter, found.values(), tied, mark)
     if problems:
@@ -34,6 +39,39 @@ def adapted(
     faults = Faults()
     folder = _Folder(builder, name, table, add, adapter, found, mark, faults)
     return replace(table, nodes=folder.nodes()), faults.problems()
+
+
+def alone(builder: Builder, name: str, adapter: Adapter, table: Table, mark: Mark) -> tuple[Table, list[Problem]]:
+    """An adapter without its base as a table of deltas, scale times B A, by the adapter's own names."""
+    hint = f"name its base: `{name}: {{path: BASE, adapter: {adapter.location}}}`"
+    lows = adapter.low_rank.items()
+    unfit = [*adapter.products, *adapter.whole, *(m for m, low in lows if low.magnitude or low.bias or not low.a.shape)]
+    if unfit:
+        message = f"only the factors of LoRA are a delta without a base; `{adapter.location}` has more"
+        return table, [Problem(f"{message}: {listed(unfit)}", mark, hint)]
+    nodes: dict[str, Node] = {}
+    dtypes: dict[str, str] = {}
+    for module, low in lows:
+        place = f"{module}.weight"
+        a, b = low.a.shape, low.b.shape
+        if (
+            {low.a.dtype, low.b.dtype} - MERGEABLE
+            or len(a) != len(b)
+            or len(a) < 2
+            or b[1:] != (a[0], *(1 for _ in a[2:]))
+        ):
+            message = f"the factors of `{adapter.location}` do not fit one another: `{place}`"
+            return table, [Problem(message, mark, "is it an adapter that peft saved?")]
+        call = multiplying(low.embedding or adapter.transposed)(Slot(0), Slot(1), scale=low.scale)
+        nodes[place] = builder.call(call, [builder.load(low.a), builder.load(low.b)], [name] * 2, name, place)
+        dtypes[place] = low.a.dtype
+    return replace(table, space="delta", nodes=nodes, dtypes=dtypes), []
+
+
+def _once(adapter: Adapter, tied: Mapping[str, str]) -> Adapter:
+    """The adapter without the head that peft saves beside an embedding to which it stays tied: they are one there."""
+    twice = [a for a, c in tied.items() if adapter.retied and {a, c} <= adapter.whole.keys()]
+    return replace(adapter, whole={n: meta for n, meta in adapter.whole.items() if n not in twice})
 
 
 def places(wanted: Iterable[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -66,7 +104,7 @@ def _moved(name: str, way: tuple[str, str]) -> str | None:
 
 def _wanted(adapter: Adapter) -> list[str]:
     """The tensors of the base that an adapter changes, by the adapter's names."""
-    weights = [f"{module}.weight" for module in adapter.low_rank]
+    weights = [f"{module}.weight" for module in (*adapter.low_rank, *adapter.products)]
     biases = [f"{module}.bias" for module, low in adapter.low_rank.items() if low.bias is not None]
     return list(dict.fromkeys([*weights, *biases, *adapter.whole]))
 
@@ -118,7 +156,9 @@ class _Folder:
         nodes = dict(self.table.nodes)
         for name, meta in self.adapter.whole.items():
             place = self.found[name]
-            if self.fit(place, meta) and self.same(place, meta):
+            # Counters, such as a batch norm's, are copied like the base's.
+            alike = meta.dtype == self.table.dtypes[place]
+            if (alike or self.fit(place, meta)) and self.same(place, meta):
                 nodes[place] = self.builder.load(meta)
         turned = {module: self.turned(module, low) for module, low in self.adapter.low_rank.items()}
         # A square weight shows nothing: it lies as the adapter says, or as the linear layers that show it.
@@ -128,7 +168,7 @@ class _Folder:
             place = self.found[f"{module}.weight"]
             parts = [part for part in (low.a, low.b, low.magnitude) if part is not None]
             if turned[module] == "no way":
-                self.misfit(place, low)
+                self.misfit(place, [low.a, low.b])
             elif all(self.fit(place, part) for part in parts):
                 transposed = turned[module] == "yes" or (turned[module] == "either" and default)
                 if self.lengths(place, low, transposed):
@@ -139,7 +179,41 @@ class _Folder:
                     inputs = [self.builder.load(low.bias), nodes[place]]
                     call = self.add(Slot(0), Slot(1), weight=low.scale)
                     nodes[place] = self.builder.call(call, inputs, [self.name] * 2, self.name, place)
+        # Where only a layer that is stored as in x out can be meant, all are.
+        vectors = [(self.found[f"{m}.weight"], p) for m, p in self.adapter.products.items() if p.kind == "IA3"]
+        plain = [lycoris.scales(p, nodes[place].shape, False) is not None for place, p in vectors]
+        for module, product in self.adapter.products.items():
+            place = self.found[f"{module}.weight"]
+            if all(self.fit(place, part) for part in product.parts.values()):
+                self.change(nodes, place, product, self.adapter.transposed or not all(plain))
         return nodes
+
+    def change(self, nodes: dict[str, Node], place: str, product: Product, transposed: bool) -> None:
+        """Put what LoHa, LoKr or (IA)^3 make of the weight at `place` into `nodes`."""
+        weight = nodes[place]
+        parts = list(product.parts.values())
+        if product.kind != "IA3":
+            if not lycoris.fits(product, weight.shape):
+                self.misfit(place, parts)
+                return
+            call = products.folding()(
+                *map(Slot, range(1 + len(parts))), scale=product.scale, parts=tuple(product.parts)
+            )
+            nodes[place] = self.made(call, [weight, *map(self.builder.load, parts)], place)
+            return
+        axis = lycoris.scales(product, weight.shape, transposed)
+        if axis is None:
+            self.misfit(place, parts)
+            return
+        numbers = self.builder.load(parts[0])
+        nodes[place] = self.made(products.scaling()(Slot(0), Slot(1), axis=axis), [weight, numbers], place)
+        bias = f"{place.removesuffix('weight')}bias"
+        # What scales inputs leaves the bias alone.
+        if bias in nodes and axis == (1 if transposed else 0):
+            nodes[bias] = self.made(products.scaling()(Slot(0), Slot(1), axis=1), [nodes[bias], numbers], bias)
+
+    def made(self, call: Call, inputs: Sequence[Node], place: str) -> Node:
+        return self.builder.call(call, inputs, [self.name] * len(inputs), self.name, place)
 
     def fold(self, weight: Node, low: LowRank, transposed: bool, place: str) -> Node:
         parts = [part for part in (low.a, low.b, low.magnitude) if part is not None]
@@ -179,8 +253,8 @@ class _Folder:
         self.faults.add(message, self.mark, hint, place)
         return False
 
-    def misfit(self, place: str, low: LowRank) -> None:
-        factors = f"{sizes(low.a.shape)} and {sizes(low.b.shape)}"
+    def misfit(self, place: str, parts: Sequence[TensorMeta]) -> None:
+        factors = " and ".join(sizes(part.shape) for part in parts)
         shape = sizes(self.table.nodes[place].shape)
         message = f"the factors of the adapter `{self.adapter.location}`, {factors}, do not fit a weight of {shape}"
         self.faults.add(message, self.mark, "is it an adapter of this model?", place)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mergekit_lite.plan.adapter import adapted
 from mergekit_lite.plan.check import check_places
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.layout import build_output
+from mergekit_lite.plan.lowrank import Ranks, adapter_output, fault_of, measured_output, parts_of
 from mergekit_lite.plan.model import Alignment, Node, Output, Plan, StepView, Unit
 from mergekit_lite.plan.order import BLOCK, GRAIN, bytes_read, input_bytes, make_units, walk
 from mergekit_lite.plan.peak import peak_bytes, peak_of
@@ -46,17 +47,21 @@ def build_plan(
     threads: int = 1,
     block: int = BLOCK,
     check_output: bool = True,
+    ranks: Mapping[int, Ranks] | None = None,
+    measure: int | None = None,
 ) -> Plan:
     """The plan of `recipe` over `checkpoints` (by model name, all that the recipe's steps and saves mention).
 
     `out` replaces the output folder of the only save. `threads` and `block` (elements) change the memory at the peak,
-    never the result. Raises RecipeError with every fault that was found.
+    never the result. `ranks` gives, by the number of the save, those of the changes in adapters that are saved with
+    `energy`; with `measure` the plan is to find those of this save, and nothing else. Raises RecipeError with every
+    fault that was found.
     """
     problems = check_steps(recipe, all_methods())
     if problems:
         raise RecipeError(problems)
     with no_collection():
-        return _build(recipe, checkpoints, out, threads, block, check_output)
+        return _build(recipe, checkpoints, out, threads, block, check_output, ranks or {}, measure)
 
 
 @contextlib.contextmanager
@@ -83,6 +88,8 @@ def _build(
     threads: int,
     block: int,
     check_output: bool,
+    ranks: Mapping[int, Ranks],
+    measure: int | None,
 ) -> Plan:
     methods = all_methods()
     problems: list[Problem] = []
@@ -109,7 +116,8 @@ def _build(
             tables[step.name] = found
             views.append(_view(step, found))
             warnings += [*_remarks(step, methods[step.use]), *idle_globs(step, found)]
-    outputs = _outputs(recipe, tables, checkpoints, out, check_output, problems)
+    adapters = _Adapters(builder, recipe, tables, checkpoints, ranks, measure, problems, warnings)
+    outputs = _outputs(recipe, tables, checkpoints, out, check_output, problems, adapters)
     if problems:
         raise RecipeError(problems)
     for name in unused_steps(recipe):
@@ -135,6 +143,7 @@ def _build(
         block=block,
         tied=tuple(tied),
         warnings=tuple(dict.fromkeys(warnings)),  # steps that one line makes may have the same to say
+        ranks=ranks,
     )
 
 
@@ -201,6 +210,8 @@ def in_order(recipe: Recipe, methods: Mapping[str, Method]) -> list[Step]:
 
     for save in recipe.saves:
         visit(saved_name(recipe, save))
+        if save.lora is not None:
+            visit(save.lora.base.name)
     return list(ordered.values())
 
 
@@ -214,6 +225,7 @@ def used_models(recipe: Recipe) -> list[str]:
     methods = all_methods()
     names = {ref.name for step in in_order(recipe, methods) for ref in references_of(step, methods, recipe.steps)}
     names |= {saved_name(recipe, save) for save in recipe.saves}
+    names |= {save.lora.base.name for save in recipe.saves if save.lora is not None}
     return [name for name in recipe.models if name in names]
 
 
@@ -253,10 +265,13 @@ def _outputs(
     out: Path | None,
     check_output: bool,
     problems: list[Problem],
+    adapters: _Adapters,
 ) -> tuple[Output, ...]:
     outputs: list[Output] = []
     places = []
-    for save in recipe.saves:
+    for number, save in enumerate(recipe.saves):
+        if adapters.measure not in (None, number):
+            continue
         step = saved_name(recipe, save)
         place = out if out is not None else Path(os.path.expanduser(save.to)) if save.to is not None else None
         if place is None:
@@ -266,8 +281,12 @@ def _outputs(
         table = tables.get(step)
         if table is None:
             continue
-        if table.space != "weight":
-            hint = "add it to its base first: `use: add`"
+        # The folder stays out of the shards: the same merge gives the same bytes wherever it is put.
+        text = to_yaml(replace(recipe, saves=(replace(save, step=Ref(step, save.mark), to=None),)))
+        if save.lora is not None:
+            outputs += adapters.output(str(place), number, save, step, table, text)
+        elif table.space != "weight":
+            hint = "add it to its base first: `use: add`, or save it as an adapter: `as: lora`"
             problems.append(Problem(f"`{step}` is a delta, not a model to save", save.mark, hint))
         elif table.quantized and save.dtype is not None:
             hint = "leave out `dtype`: the tensors are copied as they are"
@@ -275,12 +294,46 @@ def _outputs(
         elif not table.nodes:
             problems.append(Problem(f"`{step}` has no tensors", save.mark, "look at its inputs with `merge inspect`"))
         else:
-            # The folder stays out of the shards: the same merge gives the same bytes wherever it is put.
-            text = to_yaml(replace(recipe, saves=(replace(save, step=Ref(step, save.mark), to=None),)))
             outputs.append(build_output(str(place), step, table, save.dtype, save.shard, text))
     if check_output:
         problems += check_places(places, checkpoints)
     return tuple(outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapters:
+    """Makes the outputs of saves as adapters."""
+
+    builder: Builder
+    recipe: Recipe
+    tables: Mapping[str, Table]
+    checkpoints: Mapping[str, Checkpoint]
+    ranks: Mapping[int, Ranks]
+    measure: int | None
+    problems: list[Problem]
+    warnings: list[Problem]
+
+    def output(self, to: str, number: int, save: Save, step: str, table: Table, text: str) -> list[Output]:
+        """The output, in a list; none where something is at fault."""
+        assert save.lora is not None
+        name = save.lora.base.name
+        base = self.tables.get(name)
+        if base is None:
+            return []
+        for what, is_base in ((base, True), (table, False)):
+            fault = fault_of(what, name if is_base else step, save.lora.base.mark if is_base else save.mark, is_base)
+            if fault is not None:
+                self.problems.append(fault)
+                return []
+        before = len(self.problems)
+        parts, remarks = parts_of(self.builder, save, step, table, base, self.problems)
+        if len(self.problems) > before:
+            return []
+        self.warnings.extend(remarks)
+        if self.measure is not None:
+            return [measured_output(self.builder, save, step, parts, base)]
+        ranks = self.ranks.get(number)
+        return [adapter_output(self.builder, to, save, step, parts, base, self.checkpoints.get(name), ranks, text)]
 
 
 def _remarks(step: Step, method: Method) -> list[Problem]:

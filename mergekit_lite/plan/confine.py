@@ -34,7 +34,8 @@ def outside(recipe: Recipe, methods: Mapping[str, Method], out: Path | None, box
 
 def _models(recipe: Recipe) -> Iterator[Place]:
     for model in recipe.models.values():
-        yield _place(model, model.location, model.revision)
+        if model.location:
+            yield _place(model, model.location, model.revision)
         if model.adapter is not None:
             yield _place(model, model.adapter, model.adapter_revision)
 

@@ -198,7 +198,7 @@ def _adapter(checkpoint: Checkpoint) -> dict[str, Any] | None:
     adapter = checkpoint.adapter
     if adapter is None:
         return None
-    counts = {"low_rank": len(adapter.low_rank), "whole": len(adapter.whole)}
+    counts = {"low_rank": len(adapter.low_rank) + len(adapter.products), "whole": len(adapter.whole)}
     return {"location": adapter.location, "revision": adapter.revision, **counts}
 
 

@@ -6,9 +6,10 @@ not a forger, who can write another one.
 
 from __future__ import annotations
 
+import math
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from mergekit_lite.checkpoint.adapter import PREFIX
 from mergekit_lite.checkpoint.meta import Checkpoint
 from mergekit_lite.errors import Problem
 from mergekit_lite.plan.model import Plan
@@ -23,6 +25,7 @@ from mergekit_lite.recipe.model import Recipe
 from mergekit_lite.recipe.write import dump, to_yaml
 
 NAME = "recipe.lock.yaml"
+Errors = Mapping[str, Mapping[str, tuple[float, float]]]
 _SEAL = re.compile(rb"# blake3: ([0-9a-f]{64})\n")
 
 
@@ -31,9 +34,11 @@ def lock_text(
     inputs: Mapping[str, str],
     shards: Mapping[str, Mapping[str, str]],
     files: Mapping[str, Mapping[str, tuple[int, str]]],
+    errors: Errors | None = None,
 ) -> str:
     """The lock of a finished run. `inputs` gives the BLAKE3 digest of every input file by path, `shards` that of every
-    output shard by output folder and file name, `files` size and digest of the files beside the shards likewise."""
+    output shard by output folder and file name, `files` size and digest of the files beside the shards likewise,
+    `errors` those of adapters as `errors_of` does."""
     recipe = plan.recipe
     pinned = {
         name: replace(
@@ -68,12 +73,39 @@ def lock_text(
                     {"file": file, "bytes": nbytes, "blake3": digest}
                     for file, (nbytes, digest) in sorted(files[output.to].items())
                 ],
+                **({"error": relative(errors[output.to])} if errors and output.to in errors else {}),
             }
             for output in plan.outputs
         ],
     }
     note = "# What this run read and wrote. `merge run` on this file makes the same bytes or says what changed."
     return sealed(f"{head}\n{note}\n{dump({'lock': lock})}")
+
+
+def errors_of(plan: Plan, figures: Mapping[str, Mapping[str, Sequence[float]]]) -> Errors:
+    """What a run tells of its outputs' tensors, by number, as the errors of adapters: by output folder and module the
+    norm of the change and of what the factors leave of it."""
+    return {
+        output.to: {
+            tensor.name.removeprefix(PREFIX).removesuffix(".lora"): (told[0], told[1])
+            for tensor in output.tensors
+            if (told := figures.get(str(number), {}).get(tensor.name)) is not None
+        }
+        for number, output in enumerate(plan.outputs)
+        if output.adapter is not None
+    }
+
+
+def relative(errors: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    """The error of an adapter in all, and by module: the norm of what is left divided by that of the change, to six
+    digits; None where that is no number."""
+
+    def quotient(whole: float, left: float) -> float | None:
+        found = left / whole if whole else 0.0
+        return float(f"{found:.6g}") if math.isfinite(found) else None
+
+    whole, left = (math.sqrt(math.fsum(e[i] ** 2 for e in errors.values())) for i in (0, 1))
+    return {"all": quotient(whole, left), "modules": {name: quotient(*error) for name, error in errors.items()}}
 
 
 def sealed(text: str) -> str:

@@ -100,7 +100,8 @@ class OutShard:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One `save`: a folder of shards with the configuration files of `donor`."""
+    """One `save`: a folder of shards with the configuration files of `donor`, or an adapter, whose configuration
+    `adapter` is. Of an adapter's tensors those of a module lie together and are one tensor here."""
 
     to: str
     step: str
@@ -108,6 +109,7 @@ class Output:
     index: Mapping[str, Any] | None
     config: Mapping[str, Any]
     donor: str
+    adapter: Mapping[str, Any] | None = None
 
     @property
     def tensors(self) -> tuple[OutTensor, ...]:
@@ -163,7 +165,9 @@ class Plan:
     `bytes_read` counts every pass over the inputs, `bytes_input` each input tensor once, `bytes_written` the shards,
     `peak_bytes` the anonymous memory that blocks of `block` elements in `threads` threads need at most; where `memory`
     sets a budget, the run keeps to these two. `tied` are pairs of stored tensors (alias, canonical) that must hold the
-    same numbers, since the configuration says that they are one: only the canonical one is merged.
+    same numbers, since the configuration says that they are one: only the canonical one is merged. `ranks` are those of
+    the changes in adapters saved with `energy`, by the number of the save; without them such an output is laid out for
+    the largest ranks there can be.
     """
 
     recipe: Recipe
@@ -183,3 +187,4 @@ class Plan:
     memory: Memory | None = None
     tied: tuple[tuple[TensorMeta, TensorMeta], ...] = ()
     warnings: tuple[Problem, ...] = field(default=())
+    ranks: Mapping[int, Mapping[str, int]] = field(default_factory=dict)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergekit_lite.methods.spec import Method, Param
+from mergekit_lite.recipe.lora import SVDS
 from mergekit_lite.recipe.read import COMPUTE, NAME
 from mergekit_lite.recipe.save import DTYPES, SHORT_DTYPES, UNITS
 from mergekit_lite.recipe.step import MISSING
@@ -20,9 +21,12 @@ MODEL: Schema = {
             "type": "object",
             "properties": {
                 "path": {**TEXT, "description": "The base: a path, or a Hub id with @revision."},
-                "adapter": {**TEXT, "description": "A LoRA adapter that is folded in: a folder, or a Hub id."},
+                "adapter": {
+                    **TEXT,
+                    "description": "An adapter that is folded in, or without `path` a delta: a folder, or a Hub id.",
+                },
             },
-            "required": ["path", "adapter"],
+            "required": ["adapter"],
             "additionalProperties": False,
         },
     ]
@@ -238,6 +242,28 @@ def _save() -> Schema:
                     {"type": "string", "pattern": f"^[0-9]{{1,30}}(\\.[0-9]{{1,30}})? ?({units})$"},
                 ],
             },
+            "as": {"const": "lora", "description": "Save an adapter of `base`, as peft loads it, not a model."},
+            "base": {**REFERENCE, "description": "The model that the adapter is for."},
+            "rank": {
+                "type": "integer",
+                "minimum": 1,
+                "description": "The rank of the factors, with `energy` the most.",
+            },
+            "energy": {
+                "type": "number",
+                "exclusiveMinimum": 0,
+                "maximum": 1,
+                "description": "The share of the squared norm of every change that is kept.",
+            },
+            "svd": {"enum": list(SVDS), "default": SVDS[0], "description": "How the factors are found."},
+            "targets": {
+                "description": "Globs of the tensors that the adapter changes; all if left out.",
+                "anyOf": [TEXT, {"type": "array", "items": TEXT, "minItems": 1}],
+            },
+        },
+        "dependentRequired": {
+            **{key: ["as"] for key in ("base", "rank", "energy", "svd", "targets")},
+            "as": ["base"],
         },
         "additionalProperties": False,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,7 +75,11 @@ def build_step(
     dtypes: dict[str, str] = {}
     same = constant(step, method)
     calls: dict[Any, Call | Slot] = {}
-    for name, given in _aligned(step, sources, base, faults):
+
+    def zero(name: str, like: Node) -> Node:
+        return builder.call(delta(Slot(0), Slot(1)), [like, like], ["zero"] * 2, step.name, name)
+
+    for name, given in _aligned(step, sources, base, faults, zero):
         table = lead.table
         if name not in table.nodes:
             table = next(s.table for s in sources if name in s.table.nodes)
@@ -181,9 +185,14 @@ def _space_faults(step: Step, method: Method, sources: Sequence[Source], base: S
 
 
 def _aligned(
-    step: Step, sources: Sequence[Source], base: Source | None, faults: Faults
+    step: Step,
+    sources: Sequence[Source],
+    base: Source | None,
+    faults: Faults,
+    zero: Callable[[str, Node], Node],
 ) -> Iterator[tuple[str, list[Node] | None]]:
-    """Every tensor name of the result with its inputs in order (the base last), None where it is kept as it is."""
+    """Every tensor name of the result with its inputs in order (the base last), None where it is kept as it is.
+    `zero(name, like)` gives a delta of zeros in the shape of a tensor."""
     everyone = [*sources, *([base] if base else [])]
     tables = [source.table.nodes for source in everyone]
     lead = [*([base] if base else []), *sources]
@@ -198,7 +207,12 @@ def _aligned(
             yield name, None
         elif step.missing == "zero_delta" and base is not None and name in base.table.nodes:
             spare = base.table.nodes[name]
-            yield name, [*(source.table.nodes.get(name, spare) for source in sources), spare]
+            if all(source.table.space == "delta" and name not in source.table.nodes for source in sources):
+                yield name, None
+                continue
+            found = [source.table.nodes.get(name) for source in sources]
+            spares = [zero(name, spare) if s.table.space == "delta" else spare for s in sources]
+            yield name, [*(n if n is not None else other for n, other in zip(found, spares, strict=True)), spare]
         else:
             for source in lacking:
                 hint = _missing_hint(step, base, source)

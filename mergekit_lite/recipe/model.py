@@ -21,7 +21,7 @@ class Ref:
 @dataclass(frozen=True, slots=True)
 class Model:
     """A checkpoint to load: `location` is a path or a Hub id, `revision` what stood after `@`. `adapter` and its
-    revision are those of an adapter that is folded in."""
+    revision are those of an adapter that is folded in; without a location it is a delta by itself."""
 
     name: str
     location: str
@@ -59,15 +59,30 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class AsLora:
+    """A save as an adapter of `base`: factors of `rank`, or of the least rank, up to that, which keeps the share
+    `energy` of the squared norm of every change. `targets` are globs of the tensors that may change, none: all."""
+
+    base: Ref
+    rank: int | None
+    energy: float | None
+    svd: str
+    targets: tuple[str, ...]
+    mark: Mark
+
+
+@dataclass(frozen=True, slots=True)
 class Save:
     """One output folder. `step` None means: the only step that no other uses. `to` None means: `--out` gives it.
-    `dtype` None keeps the stored dtypes. `shard` is the most bytes of tensors in one file."""
+    `dtype` None keeps the stored dtypes. `shard` is the most bytes of tensors in one file. With `lora` an adapter is
+    saved, not a model."""
 
     step: Ref | None
     to: str | None
     dtype: str | None
     shard: int
     mark: Mark
+    lora: AsLora | None = None
 
 
 @dataclass(frozen=True, slots=True)

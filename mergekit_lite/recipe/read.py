@@ -203,6 +203,11 @@ class _Reader:
                 texts[key] = None
                 hint = f"for example `{name}: {{path: org/base, adapter: ./lora}}`"
                 self.add(f"`{key}` must be a path or a Hub id, not {describe(part)}", part.mark, hint)
+        if list(texts) == ["adapter"]:
+            alone = texts["adapter"]
+            if alone is not None:
+                self.models[name] = Model(name, "", None, mark, *alone)
+            return
         lacking = next((key for key in MODEL_KEYS if key not in texts), None)
         if lacking is not None:
             hint = f"for example `{name}: {{path: org/base, adapter: ./lora}}`; without an adapter, `{name}: org/base`"

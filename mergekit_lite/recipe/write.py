@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from mergekit_lite.recipe.links import final_step
-from mergekit_lite.recipe.model import Input, Model, Recipe, Save, Step
+from mergekit_lite.recipe.lora import SVDS
+from mergekit_lite.recipe.model import AsLora, Input, Model, Recipe, Save, Step
 from mergekit_lite.recipe.node import FLOAT, INTEGER, WORD
 from mergekit_lite.recipe.read import split_location
 from mergekit_lite.recipe.save import DEFAULT_SHARD, UNITS
@@ -76,11 +77,13 @@ def located(model: Model) -> str:
     """The model's location as a person reads it: `org/name@revision`, with an adapter `org/name@revision + ./lora`.
     ValueError as in `_model`."""
     written = _model(model)
-    return written if isinstance(written, str) else f"{written['path']} + {written['adapter']}"
+    return written if isinstance(written, str) else " + ".join(written.values())
 
 
 def _model(model: Model) -> str | dict[str, str]:
     """The model as a recipe writes it. ValueError where something else than a Hub id has a revision."""
+    if model.adapter is not None and not model.location:
+        return {"adapter": _place(model.adapter, model.adapter_revision)}
     path = _place(model.location, model.revision)
     if model.adapter is None:
         return path
@@ -140,6 +143,21 @@ def _save(save: Save) -> dict[str, Any]:
         data["dtype"] = save.dtype
     if save.shard != DEFAULT_SHARD:
         data["shard"] = size_text(save.shard)
+    if save.lora is not None:
+        data |= _lora(save.lora)
+    return data
+
+
+def _lora(lora: AsLora) -> dict[str, Any]:
+    data: dict[str, Any] = {"as": "lora", "base": lora.base.name}
+    if lora.rank is not None:
+        data["rank"] = lora.rank
+    if lora.energy is not None:
+        data["energy"] = lora.energy
+    if lora.svd != SVDS[0]:
+        data["svd"] = lora.svd
+    if lora.targets:
+        data["targets"] = list(lora.targets)
     return data
 
 

@@ -9,6 +9,8 @@ from mergekit_lite.checkpoint.adapter import open_adapter
 from mergekit_lite.checkpoint.meta import Adapter, TensorMeta
 from mergekit_lite.recipe.read import split_location
 
+KINDS = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr", "IA3": "(IA)^3"}
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterLook:
@@ -40,19 +42,19 @@ def adapter_at(text: str, offline: bool = False) -> Adapter:
 def look_at(adapter: Adapter) -> AdapterLook:
     """All that header and configuration tell."""
     metas = list(tensors_of(adapter))
-    lows = adapter.low_rank.values()
+    lows, products = adapter.low_rank.values(), adapter.products.values()
     modules: dict[str, int] = {}
-    for module in adapter.low_rank:
+    for module in (*adapter.low_rank, *adapter.products):
         last = module.rpartition(".")[2]
         modules[last] = modules.get(last, 0) + 1
     return AdapterLook(
         location=adapter.location,
         revision=adapter.revision,
-        kind="DoRA" if any(low.magnitude is not None for low in lows) else "LoRA",
+        kind="DoRA" if any(low.magnitude is not None for low in lows) else KINDS[adapter.kind],
         base=adapter.base,
         modules=modules,
         ranks=tuple(sorted({low.a.shape[0] for low in lows if low.a.shape})),
-        scales=tuple(sorted({low.scale for low in lows})),
+        scales=tuple(sorted({*(low.scale for low in lows), *(p.scale for p in products if p.kind != "IA3")})),
         whole=tuple(adapter.whole),
         tensors=len(metas),
         parameters=sum(meta.numel for meta in metas),
@@ -64,4 +66,6 @@ def tensors_of(adapter: Adapter) -> Iterator[TensorMeta]:
     """Every tensor of the adapter, module by module."""
     for low in adapter.low_rank.values():
         yield from (meta for meta in (low.a, low.b, low.magnitude, low.bias) if meta is not None)
+    for product in adapter.products.values():
+        yield from product.parts.values()
     yield from adapter.whole.values()

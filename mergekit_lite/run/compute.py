@@ -49,7 +49,7 @@ class Computer:
         return solved
 
     def unit(
-        self, unit: Unit, sink: Sink, found: dict[str, dict[str, int]], report: Callable[[Node, int, int], None]
+        self, unit: Unit, sink: Sink, found: dict[str, dict[str, Any]], report: Callable[[Node, int, int], None]
     ) -> None:
         """Compute the unit's part of every target and write it. Counts go to `found`; `report` is told of the steps of
         long iterations."""
@@ -66,6 +66,11 @@ class Computer:
             blocks.measure(roots, stats)
             for start, values in blocks.last(roots, unit.start, unit.stop, stats):
                 for (output, tensor), value in zip(unit.targets, values, strict=True):
+                    figures = tensor.node.method.figures if tensor.node.method is not None else 0
+                    if figures:
+                        told = value[-figures:].tolist()
+                        found["figures"].setdefault(str(output), {})[tensor.name] = told
+                        value = value[:-figures]
                     sink.write(output, tensor, start, _store(tensor, value, found, self.strict))
 
 

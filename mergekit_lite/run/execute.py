@@ -67,7 +67,7 @@ class Options:
 class Findings:
     """What a run saw: non-finite numbers by `file:tensor` in the inputs and by tensor in the outputs, numbers out of
     the range of the output's dtype by tensor, bytes read, units taken over from an earlier run, the orders of units
-    that were found by step."""
+    that were found by step, and figures of tensors by the number of the output."""
 
     nonfinite: dict[str, int] = field(default_factory=dict)
     output_nonfinite: dict[str, int] = field(default_factory=dict)
@@ -75,6 +75,7 @@ class Findings:
     bytes_read: int = 0
     resumed: int = 0
     alignments: dict[str, Solved] = field(default_factory=dict)
+    figures: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def add(self, entry: Mapping[str, Any]) -> None:
         for key in COUNTS:
@@ -82,11 +83,13 @@ class Findings:
             # Journals of earlier versions do not count in outputs.
             for name, count in entry.get(key, {}).items():
                 mine[name] = mine.get(name, 0) + count
+        for output, told in entry.get("figures", {}).items():
+            self.figures.setdefault(output, {}).update(told)
 
     def as_json(self) -> dict[str, Any]:
         """All but the orders of units, which every rank finds for itself."""
         return {
-            **{key: getattr(self, key) for key in COUNTS},
+            **{key: getattr(self, key) for key in (*COUNTS, "figures")},
             "bytes_read": self.bytes_read,
             "resumed": self.resumed,
         }
@@ -317,7 +320,7 @@ class _Run:
         self.safe_at = time.monotonic()
 
     def _unit(self, unit: Unit) -> dict[str, Any]:
-        found: dict[str, dict[str, int]] = {key: {} for key in COUNTS}
+        found: dict[str, dict[str, Any]] = {key: {} for key in (*COUNTS, "figures")}
         if unit.targets[0][1].copied:
             copy(unit, self.source, self.sink, self.check, found, self.options.strict)
         else:

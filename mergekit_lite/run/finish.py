@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit_lite.checkpoint.adapter import CONFIG as ADAPTER
 from mergekit_lite.checkpoint.extras import copy_extras, find_extras, output_config
 from mergekit_lite.errors import InputError, Problem, StoppedError
 from mergekit_lite.limits import hint_for
@@ -117,13 +118,18 @@ def complete(
 def notes_on(plan: Plan, keep_auto_map: bool) -> tuple[Problem, ...]:
     """What of the inputs' configurations the outputs will lack. Raises InputError where a file that goes beside the
     weights is at fault: the run is to say so before it starts."""
-    found = [find_extras(plan.checkpoints[output.donor], output.config, keep_auto_map).notes for output in plan.outputs]
+    models = [output for output in plan.outputs if output.adapter is None]
+    found = [find_extras(plan.checkpoints[output.donor], output.config, keep_auto_map).notes for output in models]
     return tuple(dict.fromkeys(note for notes in found for note in notes))
 
 
 def _extras(plan: Plan, output: Output, keep_auto_map: bool) -> list[str]:
     """The names of the files that are put beside the shards of an output."""
     folder = partial(output.to)
+    if output.adapter is not None:
+        _write(folder / ADAPTER, json.dumps(output.adapter, indent=2) + "\n")
+        _write(folder / RECIPE, plan.recipe.text)
+        return [ADAPTER, RECIPE]
     config = output_config(output.config, _main_dtype(output))
     names = [*copy_extras(plan.checkpoints[output.donor], folder, config, keep_auto_map)]
     if output.index is not None:

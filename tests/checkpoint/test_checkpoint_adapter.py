@@ -12,7 +12,7 @@ import torch
 from adapter_files import CONFIG, factors, write_adapter
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mergekit_lite.checkpoint.adapter import open_adapter, with_adapter
 from mergekit_lite.checkpoint.find import open_checkpoint
@@ -56,9 +56,44 @@ def test_magnitudes_under_both_of_their_names(tmp_path: Path) -> None:
         assert magnitude is not None and magnitude.shape == (6,)
 
 
-@pytest.mark.parametrize("kind", ["LOHA", "LOKR", "IA3", "ADALORA", "PREFIX_TUNING", None, 3])
+@pytest.mark.parametrize("kind", ["ADALORA", "OFT", "VERA", None, 3])
 def test_other_kinds_of_adapters(kind: Any, tmp_path: Path) -> None:
-    fails(write_adapter(tmp_path, factors(Q), peft_type=kind), "only LORA", "merge_and_unload")
+    fails(write_adapter(tmp_path, factors(Q), peft_type=kind), "what is read is LORA", "merge_and_unload")
+
+
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"])
+def test_what_is_no_change_of_weights(kind: str, tmp_path: Path) -> None:
+    fails(write_adapter(tmp_path, factors(Q), peft_type=kind), f"of the type {kind}", "load this adapter on the result")
+
+
+@pytest.mark.parametrize("kind", ["LOHA", "LOKR", "IA3"])
+def test_tensors_of_another_kind(kind: str, tmp_path: Path) -> None:
+    fails(write_adapter(tmp_path, factors(Q), peft_type=kind, r=2, alpha=2), "2 tensors that are no part of")
+
+
+def test_halves_without_their_partners(tmp_path: Path) -> None:
+    parts = {f"q.{name}": torch.ones(2, 2) for name in ("lokr_w1", "lokr_w2_a")}
+    fails(write_adapter(tmp_path, parts, peft_type="LOKR", r=2, alpha=2), "2 tensors without their partners")
+    for settings_, message in (({"alpha": "x"}, "`alpha` is a number"), ({"r": 0}, "`r` is above 0")):
+        fails(write_adapter(tmp_path, parts, **{"peft_type": "LOKR", "r": 2, "alpha": 2, **settings_}), message)
+    for patterns in ("alpha_pattern", "rank_pattern"):
+        wrong = {patterns: {"(a|a)*c": 1}}
+        fails(write_adapter(tmp_path, parts, peft_type="LOKR", r=2, alpha=2, **wrong), f"in `{patterns}` is no simple")
+
+
+def test_pickled_weights_are_read_where_that_is_asked_for(tmp_path: Path) -> None:
+    write_adapter(tmp_path, factors(Q))
+    plain = open_adapter(str(tmp_path), None).low_rank["layers.0.q_proj"]
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save(state, tmp_path / "adapter_model.bin")
+    fails(tmp_path, "holds no adapter_model.safetensors", "--allow-pickle")
+    found = open_adapter(str(tmp_path), None, pickled=True).low_rank["layers.0.q_proj"]
+    assert (found.a.shape, found.b.shape, found.scale) == (plain.a.shape, plain.b.shape, plain.scale)
+    data = (tmp_path / "adapter_model.bin").read_bytes()
+    for meta in (found.a, found.b):
+        stored = data[meta.start : meta.start + meta.nbytes]
+        assert stored == state[meta.name].numpy().tobytes()
 
 
 @pytest.mark.parametrize(
@@ -187,13 +222,13 @@ PATTERNS = st.sampled_from(
 @given(st.lists(WORDS, min_size=1, max_size=5), st.lists(PATTERNS, unique=True, max_size=4))
 def test_patterns_are_tried_as_peft_does(words: list[str], patterns: list[str]) -> None:
     """The oracle is peft's own rule: the first key for which `(.*\\.)?(key)$` matches."""
-    from mergekit_lite.checkpoint.adapter import _alpha
+    from mergekit_lite.checkpoint.adapter import _Numbers
 
     module = ".".join(words)
     numbers = {pattern: number + 1.0 for number, pattern in enumerate(patterns)}
-    compiled = {re.compile(pattern): number for pattern, number in numbers.items()}
     theirs = next((n for key, n in numbers.items() if re.match(rf"(.*\.)?({key})$", module)), 8.0)
-    assert _alpha(module, compiled, CONFIG["lora_alpha"]) == theirs
+    config = {"alpha_pattern": numbers, "lora_alpha": CONFIG["lora_alpha"]}
+    assert _Numbers(config)(module, "alpha_pattern", "lora_alpha") == theirs
 
 
 def test_patterns_that_backtrack_without_end_are_refused_before_they_are_tried(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_an_adapter_on_the_command_line() -> None:
         ({"path": "org/a", "adapter": "./l"}, True),
         ("org/a", True),
         ({"path": "org/a"}, False),
-        ({"adapter": "./l"}, False),
+        ({"adapter": "./l"}, True),
         ({"path": "org/a", "adapter": ["./l"]}, False),
         ({"path": "org/a", "adapter": "./l", "weight": 1}, False),
         ({}, False),
@@ -195,6 +195,39 @@ def test_inspect_shows_an_adapter(place: Path, capsys: pytest.CaptureFixture[str
     assert found["parameters"] == sum(value.numel() for value in load_file("x/adapter_model.safetensors").values())
     assert execute(["inspect", "base"]) == 0
     assert "adapter" not in capsys.readouterr().out
-    write_adapter(place / "x", {}, peft_type="LOHA")
+    write_adapter(place / "x", {}, peft_type="ADALORA")
     assert execute(["inspect", "x"]) == 4
-    assert "only LORA" in capsys.readouterr().err
+    assert "what is read is LORA" in capsys.readouterr().err
+
+
+SAVES = [
+    "{step: a, as: lora, base: b, rank: 16}",
+    "{step: a, to: out/x, dtype: float32, as: lora, base: b, rank: 8, energy: 0.9, svd: randomised, targets: [x, y]}",
+    "{step: a, as: lora, base: b, energy: 1, targets: x}",
+]
+
+
+@pytest.mark.parametrize("save", SAVES)
+def test_saves_as_adapters_come_back(save: str) -> None:
+    import yaml
+
+    text = f"version: 1\nmodels: {{a: org/a, b: org/b}}\nsave: {save}\n"
+    recipe = read(text)
+    again = read(to_yaml(recipe))
+    (one,), (two,) = recipe.saves, again.saves
+    assert one.lora is not None and two.lora is not None
+    first, second = ((x.base.name, x.rank, x.energy, x.svd, x.targets) for x in (one.lora, two.lora))
+    assert first == second
+    for written in (text, to_yaml(recipe)):
+        jsonschema.validate(yaml.safe_load(written), schema(all_methods()))
+
+
+@pytest.mark.parametrize("save", ["{as: dora, base: b, rank: 1}", "{rank: 3}", "{as: lora, rank: 3}",
+                                  "{as: lora, base: b, rank: 0}", "{as: lora, base: b, energy: 2}"])  # fmt: skip
+def test_the_schema_sees_wrong_saves(save: str) -> None:
+    import yaml
+
+    text = f"version: 1\nmodels: {{a: org/a, b: org/b}}\nsave: {save}\n"
+    assert parse(text, "r.yaml")[1]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(yaml.safe_load(text), schema(all_methods()))

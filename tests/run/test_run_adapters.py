@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mergekit_lite import InputError, RecipeError, load_recipe, merge_in_memory, plan, run
 from mergekit_lite.methods.lora import lora
+from mergekit_lite.recipe.write import to_yaml
 
 MLP = {f"model.layers.{i}.mlp.up_proj": (190, 701) for i in range(3)}
 STEPS = {
@@ -236,3 +237,63 @@ def test_memory_grows_with_the_factors(tmp_path: Path) -> None:
         write_adapter(tmp_path / "x", factors({"a": (64, 40_000)}, rank=rank))
         peaks.append(plan(load_recipe(tmp_path / "r.yaml"), out=tmp_path / "out", threads=1).peak_bytes)
     assert peaks[1] - peaks[0] >= 32 * 40_000 * 4
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """A base, and what two adapters of it add, of which each has a module that the other lacks."""
+    shapes = {"one": (12, 9), "two": (7, 10), "three": (8, 8), "none": (5, 4)}
+    base = {f"{module}.weight": torch.randn(shape) for module, shape in shapes.items()}
+    write_folder(tmp_path / "base", {**base, "norm": torch.ones(3)})
+    deltas = []
+    for seed, names in ((1, ("one", "two")), (2, ("one", "three"))):
+        parts = factors({module: shapes[module] for module in names}, rank=2, seed=seed)
+        write_adapter(tmp_path / f"x{seed}", parts)
+        deltas.append({f"{m}.weight": 4 * parts[f"{m}.lora_B.weight"] @ parts[f"{m}.lora_A.weight"] for m in names})
+    return base, deltas[0], deltas[1]
+
+
+def adapters_alone(tmp_path: Path, step: str, save: str = "") -> Path:
+    models = f"base: {tmp_path}/base, x: {{adapter: {tmp_path}/x1}}, y: {{adapter: {tmp_path}/x2}}"
+    text = f"version: 1\nmodels: {{{models}}}\nsteps: {{m: {{{step}}}}}\nsave: {{step: m, to: {tmp_path}/out{save}}}\n"
+    (tmp_path / "alone.yaml").write_text(text)
+    return tmp_path / "alone.yaml"
+
+
+WEIGHTED = "of: {x: {weight: 0.5}, y: {weight: -2}}"
+
+
+def test_adapters_alone_are_deltas(pair: tuple[dict[str, Tensor], ...], tmp_path: Path) -> None:
+    """What one of them lacks it does not change; what none has is copied."""
+    base, one, two = pair
+    step = f"use: task_arithmetic, {WEIGHTED}, base: base, with: {{lambda: 1}}, missing: zero_delta"
+    merged(adapters_alone(tmp_path, step))
+    found = load(tmp_path / "out")
+    for name, value in base.items():
+        wanted = value + 0.5 * one.get(name, torch.zeros(())) - 2 * two.get(name, torch.zeros(()))
+        torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found["none.weight"], base["none.weight"])
+    plain = adapters_alone(tmp_path, "use: ties, of: [x, y], base: base, missing: zero_delta")
+    assert f"x: {{adapter: {tmp_path}/x1}}" in to_yaml(load_recipe(plain))
+
+
+def test_a_sum_of_adapters_is_an_adapter_of_the_sum_of_their_ranks(
+    pair: tuple[dict[str, Tensor], ...], tmp_path: Path
+) -> None:
+    _, one, two = pair
+    step = f"use: task_arithmetic, {WEIGHTED}, base: base, with: {{lambda: 1}}, missing: zero_delta"
+    result = run(plan(load_recipe(adapters_alone(tmp_path, step, ", as: lora, base: base, rank: 4"))))
+    parts = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert {key.split(".")[2] for key in parts} == {"one", "two", "three"}
+    for module in ("one", "two", "three"):
+        a, b = (parts[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
+        name = f"{module}.weight"
+        wanted = 0.5 * one.get(name, torch.zeros(())) - 2 * two.get(name, torch.zeros(()))
+        torch.testing.assert_close(b @ a, wanted, rtol=1e-5, atol=1e-5)
+    assert all(left <= 1e-6 * whole for whole, left in result.errors[str(tmp_path / "out")].values())
+
+
+def test_what_is_no_delta_without_its_base(pair: tuple[dict[str, Tensor], ...], tmp_path: Path) -> None:
+    write_adapter(tmp_path / "x1", {**factors({"one": (12, 9)}), "norm.weight": torch.ones(3)})
+    with pytest.raises(RecipeError, match="only the factors of LoRA are a delta without a base"):
+        plan(load_recipe(adapters_alone(tmp_path, "use: linear, of: [x, y]")))
