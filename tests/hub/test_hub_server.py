@@ -90,6 +90,7 @@ def test_what_is_uploaded_is_there(hub: Hub, api: HfApi, part_size: int | None, 
     assert "b.txt" not in hub.repos["me/made"].files and api.file_exists("me/made", "b.txt", revision="other")
     assert {b.name for b in api.list_repo_refs("me/made").branches} == {"main", "other"}
     assert api.create_pull_request("me/made", "by hand").num == 2
+    assert [d.title for d in api.get_repo_discussions("me/made")] == ["more", "by hand"]
     assert [c.title for c in api.list_repo_commits("me/made", revision="other")] == ["b", "made", "initial commit"]
     stranger = HfApi(endpoint=hub.address, token="hf_nobody")
     with pytest.raises(errors.HfHubHTTPError):

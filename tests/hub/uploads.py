@@ -154,7 +154,8 @@ def _tag(ask: Any, org: str, name: str, revision: str) -> None:
 
 def _discussions(ask: Any, org: str, name: str) -> None:
     if ask.command == "GET":
-        found = [_pull(repo := ask.repo(f"{org}/{name}"), pull) for pull in repo.pulls]
+        repo = ask.repo(f"{org}/{name}")
+        found = [_pull(repo, pull) for pull in repo.pulls]
         return ask.answer_json({"count": len(found), "start": 0, "discussions": found})
     repo, asked = ask.repo(f"{org}/{name}", write=True), json.loads(ask.body)
     number = repo.open_pull(asked["title"], asked.get("description", ""), repo.at("main").oid)
