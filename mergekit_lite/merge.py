@@ -241,7 +241,8 @@ def run(
         notes.extend(notes_on(plan, keep_auto_map))
         if plan.recipe.lock is not None:
             known.update(file_digests((file for file in files if str(file) not in stated), count))
-            problems = changed_inputs(plan.recipe.lock, plan.checkpoints, {**known, **locked_digests(plan)})
+            locked = locked_digests(plan.recipe.lock, plan.checkpoints)
+            problems = changed_inputs(plan.recipe.lock, plan.checkpoints, {**known, **locked})
             if problems:
                 raise RecipeError(problems)
             notes.extend(unchecked_inputs(plan.recipe.lock, plan.checkpoints, known))

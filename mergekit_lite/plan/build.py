@@ -21,6 +21,7 @@ from mergekit_lite.plan.adapter import adapted
 from mergekit_lite.plan.check import check_places
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.layout import build_output
+from mergekit_lite.plan.lock import pinned
 from mergekit_lite.plan.model import Alignment, Node, Output, Plan, StepView, Unit
 from mergekit_lite.plan.order import BLOCK, GRAIN, bytes_read, input_bytes, make_units, walk
 from mergekit_lite.plan.peak import peak_bytes, peak_of
@@ -275,8 +276,11 @@ def _outputs(
         elif not table.nodes:
             problems.append(Problem(f"`{step}` has no tensors", save.mark, "look at its inputs with `merge inspect`"))
         else:
-            # The folder stays out of the shards: the same merge gives the same bytes wherever it is put.
-            text = to_yaml(replace(recipe, saves=(replace(save, step=Ref(step, save.mark), to=None),)))
+            # The folder stays out of the shards: the same merge gives the same bytes wherever it is put. Commits go in:
+            # a lock, which names them, gives the same bytes again.
+            text = to_yaml(
+                replace(pinned(recipe, checkpoints), saves=(replace(save, step=Ref(step, save.mark), to=None),))
+            )
             outputs.append(build_output(str(place), step, table, save.dtype, save.shard, text))
     if check_output:
         problems += check_places(places, checkpoints)

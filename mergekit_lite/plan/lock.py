@@ -36,15 +36,7 @@ def lock_text(
     it, `sha256:...` or `git:...`; `shards` that of every
     output shard by output folder and file name, `files` size and digest of the files beside the shards likewise."""
     recipe = plan.recipe
-    pinned = {
-        name: replace(
-            recipe.models[name],
-            revision=checkpoint.revision,
-            adapter_revision=checkpoint.adapter.revision if checkpoint.adapter else None,
-        )
-        for name, checkpoint in plan.checkpoints.items()
-    }
-    head = to_yaml(replace(recipe, models={**recipe.models, **pinned}))
+    head = to_yaml(pinned(recipe, plan.checkpoints))
     lock: dict[str, Any] = {
         "made_with": {
             **{name: version(name) for name in ("mergekit_lite", "torch", "safetensors")},
@@ -75,6 +67,19 @@ def lock_text(
     }
     note = "# What this run read and wrote. `merge run` on this file makes the same bytes or says what changed."
     return sealed(f"{head}\n{note}\n{dump({'lock': lock})}")
+
+
+def pinned(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Recipe:
+    """The recipe with the commits that its Hub models were resolved to."""
+    models = {
+        name: replace(
+            recipe.models[name],
+            revision=checkpoint.revision,
+            adapter_revision=checkpoint.adapter.revision if checkpoint.adapter else None,
+        )
+        for name, checkpoint in checkpoints.items()
+    }
+    return replace(recipe, models={**recipe.models, **models})
 
 
 def _digest(told: str) -> dict[str, str]:

@@ -6,8 +6,10 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mergekit_lite.checkpoint.hub import fetch_beside
+from mergekit_lite.checkpoint.meta import Checkpoint
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.remote import Inputs, RemoteReader
 from mergekit_lite.errors import InputError
@@ -46,17 +48,17 @@ def stated_digests(plan: Plan) -> dict[str, str]:
     return {shard.path: shard.remote.digest for shard in shards if shard.remote is not None}
 
 
-def locked_digests(plan: Plan) -> Mapping[str, str]:
-    """The digests of files on this disk for which the recipe's lock has what the Hub said, by path: `sha256:...` or
+def locked_digests(lock: Mapping[str, Any] | None, checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
+    """The digests of files on this disk for which a recipe's lock has what the Hub said, by path: `sha256:...` or
     `git:...`. Raises InputError where one cannot be read."""
     found: dict[str, str] = {}
-    for name, files in ((plan.recipe.lock or {}).get("inputs") or {}).items():
-        checkpoint = plan.checkpoints.get(name)
-        for file in files if checkpoint is not None else ():
+    for name, files in ((lock or {}).get("inputs") or {}).items():
+        here = {Path(s.path).name: s for s in checkpoints[name].shards} if name in checkpoints else {}
+        for file in files:
+            shard = here.get(file["file"])
             kind = next((kind for kind in ("sha256", "git") if kind in file and "blake3" not in file), None)
-            for shard in checkpoint.shards if kind is not None and checkpoint is not None else ():
-                if shard.remote is None and Path(shard.path).name == file["file"]:
-                    found[shard.path] = f"{kind}:{_digest(shard.path, kind or '', shard.nbytes)}"
+            if shard is not None and shard.remote is None and kind is not None:
+                found[shard.path] = f"{kind}:{_digest(shard.path, kind, shard.nbytes)}"
     return found
 
 
