@@ -267,7 +267,6 @@ def run(
         options = Options(count, block or BLOCK, strict, device, tell, peers.check, reader.abort)
         findings = execute(replace(plan, units=share.units), reader, sink, journal, ours, options)
         sink.sync()
-        fetched = reader.fetched
         solved = findings.alignments
         merged = peers.exchange("merged", findings.as_json(), lambda: peers.again(progress))
         written = shard_digests(plan, share.shards, count)
@@ -298,7 +297,7 @@ def run(
         alignments={name: found.figures for name, found in solved.items()},
         notes=tuple(notes),
         output_nonfinite=findings.output_nonfinite,
-        bytes_fetched=fetched,
+        bytes_fetched=reader.fetched,
     )
 
 

@@ -98,7 +98,8 @@ def look(repo: str, revision: str | None) -> Listing:
     from huggingface_hub import HfApi
 
     with explained(repo, revision):
-        info = patiently(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
+        # Few tries: where the Hub is down, the cache may do.
+        info = patiently(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True), tries=5)
     files = {}
     for file in info.siblings or ():
         etag = file.lfs.sha256 if file.lfs is not None else file.blob_id

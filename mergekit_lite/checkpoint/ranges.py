@@ -20,7 +20,7 @@ from mergekit_lite.checkpoint.retry import STATUSES, TRIES, is_transport, told_w
 from mergekit_lite.errors import InputError
 
 _REDIRECTS = 5
-_CHUNK = 1 << 16  # bytes taken from a connection at once
+_CHUNK = 1 << 16  # bytes taken from a connection at once, where the library asks for a number
 _CLOSED = (401, 403, 404, 410)  # what an address answers that is no longer good
 
 
@@ -193,7 +193,7 @@ def _get(url: str, headers: Mapping[str, str]) -> Iterator[tuple[Any, Iterator[b
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     if hasattr(session, "stream"):
         with session.stream("GET", url, headers=headers, follow_redirects=False, timeout=timeout) as response:
-            yield response, response.iter_raw(_CHUNK)
+            yield response, response.iter_raw()  # as they come: what fills no chunk when it breaks is not lost
         return
     # huggingface_hub before 1.0 has a session of `requests`.
     with session.get(url, headers=headers, allow_redirects=False, timeout=timeout, stream=True) as response:

@@ -91,7 +91,9 @@ class Hub(Store):
         for server in self._servers:
             server.hub = self
         self.address, self.cdn = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
-        self._threads = [threading.Thread(target=server.serve_forever, daemon=True) for server in self._servers]
+        self._threads = [
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True) for server in self._servers
+        ]
 
     def __enter__(self) -> Hub:
         for thread in self._threads:

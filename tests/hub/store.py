@@ -79,7 +79,7 @@ class Refused(Exception):
         self.status, self.code, self.message = status, code, message
 
 
-@dataclass
+@dataclass(repr=False)
 class Repo:
     """`refs` maps `main`, other branches, tags and `refs/pr/1` to commit ids. `readers` are the users who may see a
     private or a gated repository, `writers` those who may commit (empty: every user)."""
@@ -173,7 +173,7 @@ class Repo:
         return number
 
 
-@dataclass
+@dataclass(repr=False)
 class Store:
     """All repositories by id, the objects of LFS by SHA-256, and who a token belongs to."""
 
