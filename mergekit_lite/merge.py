@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lite import sandbox
 from mergekit_lite.checkpoint.adapter import open_adapter, with_adapter
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from mergekit_lite.run.ranks import Ranks
 
 
+Fetch = Literal["cache", "stream"]
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """What a run did. `shards` gives the BLAKE3 digest of every shard by output folder and file name; `nonfinite` (in
@@ -37,7 +40,7 @@ class Result:
     differ from the recipe's lock; `alignments` gives figures of the orders of units that were found, by step; `notes`
     tell what of the inputs' configurations the outputs lack. `errors` gives, by output folder of an adapter and module,
     the norm of the change and the norm of what the factors leave of it. `plan` is what was carried out, with all ranks
-    of adapters known."""
+    of adapters known. `bytes_fetched` counts what this process read from the Hub by ranges."""
 
     outputs: tuple[str, ...]
     shards: Mapping[str, Mapping[str, str]]
@@ -53,6 +56,7 @@ class Result:
     output_nonfinite: Mapping[str, int] = field(default_factory=dict)
     errors: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     plan: Plan | None = None
+    bytes_fetched: int = 0
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -86,6 +90,7 @@ def plan(
     offline: bool = False,
     allow_pickle: bool = False,
     check_output: bool = True,
+    fetch: Fetch = "cache",
 ) -> Plan:
     """Plan `recipe` from the headers of its checkpoints. Nothing is written.
 
@@ -94,11 +99,13 @@ def plan(
     is what this process may take of anonymous memory, Python and torch included: the plan chooses what of the two was
     not given so that it is kept, and raises RecipeError with the smallest figure that would do where it cannot be.
     `allow_pickle` reads checkpoints of `torch.save` too, as plain data, never as code. `check_output` False leaves out
-    whether the output folders are free, for looking at a plan whose result exists. Raises RecipeError and InputError,
+    whether the output folders are free, for looking at a plan whose result exists. `fetch` says what becomes of models
+    on the Hub: `cache` downloads them whole into the Hub's cache; `stream` reads their headers alone, and `run` then
+    reads their tensors by ranges. Raises RecipeError and InputError,
     each with all faults that were found, within `sandbox.confined` first of all those places that lie outside, and
     UsageError where `memory` is no size.
     """
-    from mergekit_lite.plan.budget import memory_bytes, within
+    from mergekit_lite.plan.budget import memory_bytes, with_buffers, within
     from mergekit_lite.plan.build import build_plan, no_collection, used_models
     from mergekit_lite.plan.order import BLOCK
 
@@ -114,7 +121,9 @@ def plan(
             raise RecipeError(problems)
     budget = None if memory is None else memory_bytes(memory)
     with no_collection():
-        checkpoints = open_models(recipe, used_models(recipe), offline or box is not None, allow_pickle)
+        checkpoints = open_models(
+            recipe, used_models(recipe), offline or box is not None, allow_pickle, fetch == "stream"
+        )
         made = build_plan(
             recipe,
             checkpoints,
@@ -123,6 +132,7 @@ def plan(
             block=block or BLOCK,
             check_output=check_output,
         )
+        made = with_buffers(made)
         if budget is None:
             return made
         from mergekit_lite.run.standing import standing
@@ -136,9 +146,10 @@ def default_threads() -> int:
 
 
 def open_models(
-    recipe: Recipe, names: Sequence[str], offline: bool, allow_pickle: bool = False
+    recipe: Recipe, names: Sequence[str], offline: bool, allow_pickle: bool = False, stream: bool = False
 ) -> dict[str, Checkpoint]:
-    """The checkpoints of the models of these names. Raises InputError with the faults of all of them."""
+    """The checkpoints of the models of these names; with `stream` those on the Hub by their headers alone. Raises
+    InputError with the faults of all of them."""
     found: dict[str, Checkpoint] = {}
     problems: list[Problem] = []
     fault: MergeError | None = None
@@ -148,7 +159,12 @@ def open_models(
             opened = Checkpoint("", None, None, {}, {}, ())
             if model.location:
                 opened = open_checkpoint(
-                    model.location, model.revision, mark=model.mark, offline=offline, pickled=allow_pickle
+                    model.location,
+                    model.revision,
+                    mark=model.mark,
+                    offline=offline,
+                    pickled=allow_pickle,
+                    stream=stream,
                 )
             if model.adapter is not None:
                 adapter = open_adapter(
@@ -188,9 +204,8 @@ def run(
     found a number that the merge made), InputError where an input has changed or cannot be read, InterruptedRun on
     Ctrl-C.
     """
-    from mergekit_lite.checkpoint.reader import Reader
     from mergekit_lite.plan.budget import check_budget
-    from mergekit_lite.plan.lock import changed_inputs, changed_outputs, errors_of, lock_text
+    from mergekit_lite.plan.lock import changed_inputs, changed_outputs, errors_of, lock_text, unchecked_inputs
     from mergekit_lite.plan.order import BLOCK
     from mergekit_lite.run.digest import Digests, file_digests
     from mergekit_lite.run.execute import Findings, Options, execute
@@ -204,6 +219,7 @@ def run(
         wanted_parts,
     )
     from mergekit_lite.run.found import recall, remember
+    from mergekit_lite.run.inputs import beside_fetched, inputs_of, locked_digests, stated_digests
     from mergekit_lite.run.peers import LAST, Peers
     from mergekit_lite.run.ranks import ALONE, divide
     from mergekit_lite.run.remembered import Remembered
@@ -217,13 +233,16 @@ def run(
         check_budget(plan, threads, block, device)
         count, block = min(count, plan.threads), block or plan.block
     plan = with_ranks(plan, Options(count, block or BLOCK, strict, device, progress))
+    if not ranks.number:
+        plan = beside_fetched(plan)
     files = input_files(plan)
     shares = divide(plan, files, ranks.count)
     share = shares[ranks.number]
     mine = [str(files[number]) for number in share.inputs]
-    remembered = Remembered(mine)
+    stated = stated_digests(plan)
+    remembered = Remembered(path for path in mine if path not in stated)
     # Digests that need not be formed beside the merge. What a lock says is held against the bytes themselves.
-    known = dict(remembered.known) if plan.recipe.lock is None else {}
+    known = {**(remembered.known if plan.recipe.lock is None else {}), **stated}
 
     notes: list[Problem] = []
     orders: dict[str, Any] = {}  # of units, as earlier runs have found them
@@ -238,17 +257,19 @@ def run(
             return
         notes.extend(notes_on(plan, keep_auto_map))
         if plan.recipe.lock is not None:
-            known.update(file_digests(files, count))
-            problems = changed_inputs(plan.recipe.lock, plan.checkpoints, known)
+            known.update(file_digests((file for file in files if str(file) not in stated), count))
+            locked = locked_digests(plan.recipe.lock, plan.checkpoints)
+            problems = changed_inputs(plan.recipe.lock, plan.checkpoints, {**known, **locked})
             if problems:
                 raise RecipeError(problems)
+            notes.extend(unchecked_inputs(plan.recipe.lock, plan.checkpoints, known))
         check_tied(plan, reader)
         if ranks.count == 1 and plan.alignments:
             orders.update(recall(plan, known, lambda paths: file_digests(map(Path, paths), count)))
 
     with (
         interruptible(plan),
-        Reader(s for c in plan.checkpoints.values() for s in c.shards) as reader,
+        inputs_of(plan, count) as reader,
         open_together(plan, resume, ranks, check) as (sink, journal, done, name),
         Digests(wanted_parts(share.units, wanted := set(mine) - set(known)), wanted) as digests,
         Peers(plan, ranks, journal, done.units.keys() - {unit.id for unit in share.units}, name) as peers,
@@ -260,7 +281,7 @@ def run(
 
         ours = done.among(unit.id for unit in share.units)
         ours = replace(ours, pools={**orders, **ours.pools})
-        options = Options(count, block or BLOCK, strict, device, tell, peers.check)
+        options = Options(count, block or BLOCK, strict, device, tell, peers.check, reader.abort)
         findings = execute(replace(plan, units=share.units), reader, sink, journal, ours, options)
         sink.sync()
         solved = findings.alignments
@@ -296,6 +317,7 @@ def run(
         output_nonfinite=findings.output_nonfinite,
         errors=errors_of(plan, findings.figures),
         plan=plan,
+        bytes_fetched=reader.fetched,
     )
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mergekit_lite.checkpoint.header import Header, read_header
-from mergekit_lite.checkpoint.hub import fetch, is_hub_id
+from mergekit_lite.checkpoint.hub import Unreachable, cached, fetch, fetch_beside, is_hub_id, is_offline, look
 from mergekit_lite.checkpoint.inside import inside, is_plain_name, read_object
-from mergekit_lite.checkpoint.meta import Checkpoint, TensorMeta
+from mergekit_lite.checkpoint.meta import Checkpoint, Remote, TensorMeta
+from mergekit_lite.checkpoint.remote import read_headers
 from mergekit_lite.errors import InputError, Mark, Problem, did_you_mean
 
 INDEX = "model.safetensors.index.json"
@@ -28,17 +29,24 @@ _CONVERT = (
 
 
 def open_checkpoint(
-    location: str, revision: str | None, *, mark: Mark | None = None, offline: bool = False, pickled: bool = False
+    location: str,
+    revision: str | None,
+    *,
+    mark: Mark | None = None,
+    offline: bool = False,
+    pickled: bool = False,
+    stream: bool = False,
 ) -> Checkpoint:
     """The checkpoint at `location`: an existing folder or .safetensors file, otherwise a Hub id with its `revision`.
 
     A folder holds model.safetensors, or shards with an index, or nothing but a consistent set of .safetensors files.
     `pickled` reads pytorch_model.bin or its shards too, where there is none of those, and a .bin or .pt file by name.
     The checkpoint's `revision` is the commit that a Hub model was resolved to. `offline` looks at the Hub's cache only.
-    Raises InputError, with `mark` in every problem, for whatever is missing, unreachable or corrupt.
+    `stream` downloads no weights: headers that the cache lacks are read by ranges, and the shards are `remote`. Raises
+    InputError, with `mark` in every problem, for whatever is missing, unreachable or corrupt.
     """
     try:
-        return _open(location, revision, offline, pickled)
+        return _open(location, revision, offline, pickled, stream)
     except InputError as error:
         raise type(error)([replace(problem, mark=problem.mark or mark) for problem in error.problems]) from error
 
@@ -47,7 +55,7 @@ class AdapterFound(InputError):
     """The location holds an adapter where a whole model is asked for."""
 
 
-def _open(location: str, revision: str | None, offline: bool, pickled: bool) -> Checkpoint:
+def _open(location: str, revision: str | None, offline: bool, pickled: bool, stream: bool) -> Checkpoint:
     path = Path(os.path.abspath(os.path.expanduser(location)))
     if location and os.path.exists(path):
         if revision is not None:
@@ -62,6 +70,8 @@ def _open(location: str, revision: str | None, offline: bool, pickled: bool) -> 
     if not is_hub_id(location):
         raise InputError(f"there is no checkpoint at `{location}`", hint=_siblings(path, location) or _KINDS)
     try:
+        if stream and not is_offline(offline):
+            return _open_remote(location, revision, pickled)
         folder, commit = fetch(location, revision, offline=offline)
         if pickled and not any(name.endswith(".safetensors") for name in os.listdir(folder)):
             folder, commit = fetch(location, revision, offline=offline, more=[f"{_STEM}*.bin"])
@@ -72,6 +82,33 @@ def _open(location: str, revision: str | None, offline: bool, pickled: bool) -> 
             raise
         raise InputError([replace(p, hint=f"{p.hint}; on this disk: {near}") for p in error.problems]) from error
     return _read(location, commit, folder, _list_folder(folder, location, pickled), str(folder))
+
+
+def _open_remote(location: str, revision: str | None, pickled: bool) -> Checkpoint:
+    """A model on the Hub by its headers; from the cache where that has the weights, or nothing else can be reached."""
+    try:
+        seen = look(location, revision)
+    except Unreachable as error:
+        try:
+            folder, commit = fetch(location, revision, offline=True)
+        except InputError:
+            raise error from None
+        return _read(location, commit, folder, _list_folder(folder, location, pickled), str(folder))
+    names = sorted(name for name in seen.files if "/" not in name)
+    indices = [INDEX, f"{_STEM}.bin.index.json"]
+    folder = fetch_beside(
+        location, seen.commit, [n for n in ("config.json", *indices) if n in names] or ["config.json"]
+    )
+    listing = _choose(folder, names, location, pickled)
+    if listing.pickled:
+        note = Problem(f"`{location}` holds pickled weights, which cannot be read in parts: it was downloaded whole")
+        folder, _ = fetch(location, seen.commit, more=[f"{_STEM}*.bin"])
+        return _read(location, seen.commit, folder, replace(listing, notes=(*listing.notes, note)), str(folder))
+    if cached(location, seen.commit, listing.files):
+        return replace(_read(location, seen.commit, folder, listing, str(folder)), thin=True)
+    remote = [(Remote(location, seen.commit, n, seen.files[n].etag, seen.files[n].large), n) for n in listing.files]
+    headers = read_headers((file, seen.files[name].nbytes) for file, name in remote)
+    return replace(_checkpoint(location, seen.commit, folder, listing, headers), thin=True)
 
 
 _KINDS = "give an existing folder, a .safetensors file, or a Hub id such as `organisation/name`"
@@ -94,6 +131,11 @@ def _list_folder(folder: Path, location: str, pickled: bool) -> _Listing:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise InputError(f"cannot read the folder `{location}`: {error.strerror}") from error
+    return _choose(folder, names, location, pickled)
+
+
+def _choose(folder: Path, names: Sequence[str], location: str, pickled: bool) -> _Listing:
+    """The weight files among `names`; an index is read from `folder`."""
     if INDEX in names:
         listing = _read_index(folder, location, INDEX)
         if SINGLE in names and SINGLE not in listing.files:
@@ -183,6 +225,12 @@ def _read(
             problems += error.problems
     if problems:
         raise InputError(problems)
+    return _checkpoint(location, revision, folder, listing, headers)
+
+
+def _checkpoint(
+    location: str, revision: str | None, folder: Path, listing: _Listing, headers: Sequence[Header]
+) -> Checkpoint:
     tensors, notes = _collect(location, listing, headers)
     if not tensors:
         raise InputError(f"`{location}` holds no tensors", hint="download it again")

@@ -54,22 +54,32 @@ def read_header(path: Path, shown: str) -> Header:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise InputError(f"`{shown}` is not a regular file", hint="name a .safetensors file")
-            text = _header_bytes(file, found.st_size, shown)
+            text = header_text(file, found.st_size, shown)
     except OSError as error:
         raise InputError(f"cannot read `{shown}`: {error.strerror}", hint=hint_for(error)) from error
-    digest = hashlib.sha256(text).hexdigest()
-    shard = ShardFile(str(path), found.st_size, found.st_mtime_ns, digest)
+    return header_of(text, ShardFile(str(path), found.st_size, found.st_mtime_ns, text_digest(text)), shown)
+
+
+def text_digest(text: bytes) -> str:
+    """The SHA-256 by which a header is known."""
+    return hashlib.sha256(text).hexdigest()
+
+
+def header_of(text: bytes, shard: ShardFile, shown: str) -> Header:
+    """What the JSON text of a header says of the file `shard`, checked against the file's size. Raises InputError. Not
+    for several threads at once."""
+    digest = shard.header_sha256
     _, twin = _KNOWN.get(digest, (0, None))
-    if twin is not None and twin.shard.nbytes == found.st_size:
+    if twin is not None and twin.shard.nbytes == shard.nbytes:
         moved = [TensorMeta(t.name, t.shape, t.dtype, shard.path, t.start, t.nbytes) for t in twin.tensors]
         return Header(tuple(moved), dict(twin.metadata), shard)
     entries = _object(text, shown)
     metadata = _metadata(entries.pop("__metadata__", None), shown)
     first = PREFIX_BYTES + len(text)
-    tensors = [_tensor(name, entry, str(path), first, shown) for name, entry in entries.items()]
+    tensors = [_tensor(name, entry, shard.path, first, shown) for name, entry in entries.items()]
     # A zero-size tensor shares its start with its neighbour: the end breaks the tie, then the order in the header.
     tensors.sort(key=lambda meta: (meta.start, meta.start + meta.nbytes))
-    _check_offsets(tensors, first, found.st_size, shown)
+    _check_offsets(tensors, first, shard.nbytes, shown)
     header = Header(tuple(tensors), metadata, shard)
     if len(text) <= _MOST_KNOWN:
         if sum(nbytes for nbytes, _ in _KNOWN.values()) + len(text) > _MOST_KNOWN:
@@ -78,8 +88,9 @@ def read_header(path: Path, shown: str) -> Header:
     return header
 
 
-def _header_bytes(file: Any, size: int, shown: str) -> bytes:
-    """The JSON text of the header; no length is trusted before it is compared with the size of the file."""
+def header_text(file: Any, size: int, shown: str) -> bytes:
+    """The JSON text of the header of a file that has `size` bytes, by `file.read(count)`; no length is trusted before
+    it is compared with the size. Raises InputError."""
     if size < PREFIX_BYTES:
         raise InputError(f"`{shown}` has {size} bytes, too few for a safetensors file", hint=_AGAIN)
     length = int.from_bytes(_exactly(file, PREFIX_BYTES, shown), "little")

@@ -47,13 +47,38 @@ class TensorMeta:
 
 
 @dataclass(frozen=True, slots=True)
+class Remote:
+    """A file on the Hub at one commit. `etag` is what the Hub tells its versions apart by: the SHA-256 of the whole
+    file where it is `large` (in LFS), the id of its git blob otherwise."""
+
+    repo: str
+    commit: str
+    file: str
+    etag: str
+    large: bool
+
+    @property
+    def path(self) -> str:
+        """How the file is named where others have a path: `org/name@COMMIT/model.safetensors`. No path of this disk
+        is: those are absolute."""
+        return f"{self.repo}@{self.commit}/{self.file}"
+
+    @property
+    def digest(self) -> str:
+        """What the Hub says of the file's content, with the name of the function before it."""
+        return f"{'sha256' if self.large else 'git'}:{self.etag}"
+
+
+@dataclass(frozen=True, slots=True)
 class ShardFile:
-    """One input file's identity: path, size in bytes, mtime in nanoseconds and the SHA-256 of its header."""
+    """One input file's identity: path, size in bytes, mtime in nanoseconds and the SHA-256 of its header. A file that
+    is read from the Hub by ranges is `remote`, and has no mtime (0)."""
 
     path: str
     nbytes: int
     mtime_ns: int
     header_sha256: str
+    remote: Remote | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +137,8 @@ class Checkpoint:
 
     `folder` is where config.json and the tokenizer files lie. `notes` are findings that do not stop a merge but that a
     person may want to see, such as tensors on disk that the index leaves out. With an `adapter`, `tensors` are the
-    base's, to which it is added when they are read, and `shards` hold its files too.
+    base's, to which it is added when they are read, and `shards` hold its files too. Where `thin`, the folder lies in
+    the Hub's cache and may lack files beside config.json, which `hub.fetch_beside` fetches.
     """
 
     location: str
@@ -124,3 +150,4 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[Problem, ...] = ()
     adapter: Adapter | None = None
+    thin: bool = False

@@ -69,6 +69,14 @@ class Reader:
             self._closed = True
             self._drop_idle(0)
 
+    def abort(self) -> None:
+        """Nothing: a disk lets nobody wait for long. Others of this interface end what waits."""
+
+    @property
+    def fetched(self) -> int:
+        """Bytes that came over a network: none."""
+        return 0
+
     def check(self) -> None:
         """Raises InputError where a file is not what it was when its header was read."""
         for shard in self._shards.values():

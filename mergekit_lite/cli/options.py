@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -79,3 +80,19 @@ Sandbox = Annotated[
     ),
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Use what is on this machine; never ask the Hub.")]
+
+
+class Source(str, Enum):
+    """What `--fetch` does with models on the Hub."""
+
+    cache = "cache"
+    stream = "stream"
+
+
+Fetch = Annotated[
+    Source,
+    typer.Option(
+        "--fetch",
+        help="Download models on the Hub into its cache, or read them in parts and keep none of their weights.",
+    ),
+]

@@ -55,7 +55,8 @@ def plan(
     """Show what a run would do: steps, bytes, memory, time, files.
 
     Reads the recipe and the headers of its checkpoints, never a weight, and finds every fault that a run would find
-    before it starts. The time is what the machine of benchmarks/RESULTS.md would take; --json has it as `seconds`.
+    before it starts. Of models on the Hub it fetches headers and configurations alone. The time is what the machine of
+    benchmarks/RESULTS.md would take; --json has it as `seconds`.
     --dag without a word draws as text. --memory chooses the block size and the threads that keep within it.
     """
     from mergekit_lite import merge
@@ -63,7 +64,14 @@ def plan(
 
     read = merge.load_recipe(recipe, set_ or ())
     made = merge.plan(
-        read, out=out, threads=threads, block=block, memory=memory, offline=offline, allow_pickle=allow_pickle
+        read,
+        out=out,
+        threads=threads,
+        block=block,
+        memory=memory,
+        offline=offline,
+        allow_pickle=allow_pickle,
+        fetch="stream",
     )
     if json:
         show.json(explain.as_json(made, made.threads))

@@ -29,6 +29,7 @@ def run(
     set_: options.Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first NaN or infinity, read or made.")] = False,
+    fetch: options.Fetch = options.Source.cache,
     offline: options.Offline = False,
     allow_pickle: options.AllowPickle = False,
     threads: options.Threads = None,
@@ -67,6 +68,7 @@ def run(
                 offline=offline,
                 allow_pickle=allow_pickle,
                 check_output=not resume,
+                fetch=fetch.value,
             )
 
         made = ranks.agree(make, resume=resume, strict=strict)
@@ -206,6 +208,7 @@ def as_json(plan: Plan, result: Result, warnings: list[Problem]) -> dict[str, An
         "plan": plan.digest,
         "seconds": round(result.seconds, 3),
         "bytes_read": result.bytes_read,
+        "bytes_fetched": result.bytes_fetched,
         "bytes_written": result.bytes_written,
         "resumed": result.resumed,
         "nonfinite": dict(result.nonfinite),

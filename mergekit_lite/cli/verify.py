@@ -70,6 +70,7 @@ def _inputs(
     from mergekit_lite.plan.lock import changed_inputs
     from mergekit_lite.report.folder import Fault
     from mergekit_lite.report.reread import reread
+    from mergekit_lite.run.inputs import locked_digests
 
     checkpoints = {}
     wanted = (recipe.lock or {}).get("inputs") or {}
@@ -79,9 +80,11 @@ def _inputs(
             checkpoints.update(merge.open_models(recipe, known, True, allow_pickle))
         except MergeError as error:
             yield from (Fault(f"input {name}", p.message, None, p.hint) for p in error.problems)
-    files = {file.path: file.nbytes for checkpoint in checkpoints.values() for file in checkpoint.shards}
+    digests = locked_digests(recipe.lock, checkpoints)  # of what a run has read from the Hub by ranges
+    shards = (file for checkpoint in checkpoints.values() for file in checkpoint.shards)
+    files = {file.path: file.nbytes for file in shards if file.path not in digests}
     advance = start(sum(files.values()))
-    digests = {path: reread(Path(path), (), (), threads, advance).blake3 for path in files}
+    digests.update({path: reread(Path(path), (), (), threads, advance).blake3 for path in files})
     here = {**(recipe.lock or {}), "inputs": {name: wanted[name] for name in checkpoints}}
     for problem in changed_inputs(here, checkpoints, digests):
         yield Fault("input", problem.message, None, problem.hint)

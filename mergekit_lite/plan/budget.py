@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from mergekit_lite.checkpoint.remote import held
 from mergekit_lite.errors import Problem, RecipeError, UsageError
 from mergekit_lite.plan.model import Memory, Plan
 from mergekit_lite.plan.order import BLOCK, GRAIN
 from mergekit_lite.plan.peak import THREAD, Need, Peak, peak_bytes, peak_of
+from mergekit_lite.plan.streaming import far_files, streams
 from mergekit_lite.plan.words import count, size
 from mergekit_lite.recipe.save import read_size
 
@@ -27,10 +29,11 @@ class _Way:
     block: int
     peak: Peak
     standing: int
+    buffers: int  # bytes for each thread, of what is read from the Hub
 
     @property
     def fixed(self) -> int:
-        return self.standing + THREAD * self.threads
+        return self.standing + (THREAD + self.buffers) * self.threads
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +66,7 @@ def within(plan: Plan, budget: int, standing: int, threads: int | None, block: i
     where nothing fits.
     """
     number = 8 if plan.recipe.compute == "float64" else 4
+    buffers = _buffers(plan)
     standing += RESERVE + UNIT * len(plan.units) + _kept(plan)
     blocks = [block] if block is not None else [BLOCK >> shift for shift in range((BLOCK // GRAIN).bit_length())]
     peaks = {b: peak_of(plan.units, plan.pools, plan.alignments, b, number) for b in blocks}
@@ -70,7 +74,7 @@ def within(plan: Plan, budget: int, standing: int, threads: int | None, block: i
     def ways() -> Iterator[_Way]:
         for t in [threads] if threads is not None else range(most, 0, -1):
             for b in blocks:
-                yield _Way(t, b, peaks[b], standing)
+                yield _Way(t, b, peaks[b], standing, buffers)
 
     way = next((way for way in ways() if way.nbytes <= budget), None)
     if way is None:
@@ -81,9 +85,19 @@ def within(plan: Plan, budget: int, standing: int, threads: int | None, block: i
         plan,
         threads=way.threads,
         block=way.block,
-        peak_bytes=min(peak_bytes(way.peak, way.threads), largest + THREAD * way.threads),
+        peak_bytes=min(peak_bytes(way.peak, way.threads), largest + THREAD * way.threads) + buffers * way.threads,
         memory=Memory(budget, way.fixed + largest, room, number),
     )
+
+
+def with_buffers(plan: Plan) -> Plan:
+    """`plan`, its peak with what is held of inputs that are read from the Hub."""
+    return replace(plan, peak_bytes=plan.peak_bytes + _buffers(plan) * plan.threads)
+
+
+def _buffers(plan: Plan) -> int:
+    """Bytes that each thread holds of inputs that are read from the Hub."""
+    return held(streams(plan)) if far_files(plan) else 0
 
 
 def check_budget(plan: Plan, threads: int | None, block: int | None, device: str) -> None:
@@ -113,6 +127,8 @@ def _refusal(least: _Way, budget: int, threads: int | None, block: int | None) -
     if worst.text:
         parts.append(f"{worst.text}: {size(worst.nbytes)}{times}")
     parts.append(f"{count(least.threads, 'thread')}: {size(THREAD * least.threads)}")
+    if least.buffers:
+        parts.append(f"what they read from the Hub: {size(least.buffers * least.threads)}")
     given = [f"`--{name} {value}`" for name, value in (("threads", threads), ("block", block)) if value is not None]
     hint = f"`--memory {figure // FIGURE}MB` is the least that does" + (f" with {' and '.join(given)}" if given else "")
     return Problem(f"this merge does not fit into {size(budget)}: {'; '.join(parts)}", None, hint)

@@ -21,6 +21,7 @@ from mergekit_lite.plan.adapter import adapted
 from mergekit_lite.plan.check import check_places
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.layout import build_output
+from mergekit_lite.plan.lock import pinned
 from mergekit_lite.plan.lowrank import Ranks, adapter_output, fault_of, measured_output, parts_of
 from mergekit_lite.plan.model import Alignment, Node, Output, Plan, StepView, Unit
 from mergekit_lite.plan.order import BLOCK, GRAIN, bytes_read, input_bytes, make_units, walk
@@ -281,8 +282,10 @@ def _outputs(
         table = tables.get(step)
         if table is None:
             continue
-        # The folder stays out of the shards: the same merge gives the same bytes wherever it is put.
-        text = to_yaml(replace(recipe, saves=(replace(save, step=Ref(step, save.mark), to=None),)))
+        # The folder stays out of the shards: the same merge gives the same bytes wherever it is put. Commits go in: a
+        # lock, which names them, gives the same bytes again.
+        saved = replace(save, step=Ref(step, save.mark), to=None)
+        text = to_yaml(replace(pinned(recipe, checkpoints), saves=(saved,)))
         if save.lora is not None:
             outputs += adapters.output(str(place), number, save, step, table, text)
         elif table.space != "weight":

@@ -8,6 +8,7 @@ from typing import Any
 from mergekit_lite.checkpoint.meta import Checkpoint
 from mergekit_lite.plan.estimate import seconds
 from mergekit_lite.plan.model import Node, Output, OutTensor, Plan, StepView
+from mergekit_lite.plan.streaming import bytes_fetched
 from mergekit_lite.plan.words import about, count, shape, size
 from mergekit_lite.recipe.write import located
 
@@ -21,6 +22,7 @@ def summary(plan: Plan, threads: int) -> list[str]:
     shards = count(sum(len(output.shards) for output in plan.outputs), "shard")
     costs = [
         f"read {size(plan.bytes_read)}{_passes(plan)}",
+        *([f"fetch {size(far)}"] if (far := bytes_fetched(plan)) else []),
         f"write {size(plan.bytes_written)} in {shards}",
         f"peak {_peak(plan)}",
         f"cpu, {count(threads, 'thread')}, {_blocks(plan)}{about(seconds(plan, threads))}",
@@ -181,6 +183,7 @@ def as_json(plan: Plan, threads: int) -> dict[str, Any]:
             for step in plan.steps
         ],
         "bytes_read": plan.bytes_read,
+        "bytes_fetched": bytes_fetched(plan),
         "bytes_written": plan.bytes_written,
         "peak_bytes": plan.peak_bytes,
         "memory": None if plan.memory is None else {"budget": plan.memory.budget, "peak": plan.memory.peak},

@@ -18,7 +18,7 @@ from typing import Any
 from blake3 import blake3
 
 from mergekit_lite.checkpoint.adapter import PREFIX
-from mergekit_lite.checkpoint.meta import Checkpoint
+from mergekit_lite.checkpoint.meta import Checkpoint, ShardFile
 from mergekit_lite.errors import Problem
 from mergekit_lite.plan.model import Plan
 from mergekit_lite.recipe.model import Recipe
@@ -36,19 +36,11 @@ def lock_text(
     files: Mapping[str, Mapping[str, tuple[int, str]]],
     errors: Errors | None = None,
 ) -> str:
-    """The lock of a finished run. `inputs` gives the BLAKE3 digest of every input file by path, `shards` that of every
-    output shard by output folder and file name, `files` size and digest of the files beside the shards likewise,
-    `errors` those of adapters as `errors_of` does."""
+    """The lock of a finished run. `inputs` gives the BLAKE3 digest of every input file by path, or what the Hub says of
+    it, `sha256:...` or `git:...`; `shards` that of every output shard by output folder and file name, `files` size and
+    digest of the files beside the shards likewise, `errors` those of adapters as `errors_of` does."""
     recipe = plan.recipe
-    pinned = {
-        name: replace(
-            recipe.models[name],
-            revision=checkpoint.revision,
-            adapter_revision=checkpoint.adapter.revision if checkpoint.adapter else None,
-        )
-        for name, checkpoint in plan.checkpoints.items()
-    }
-    head = to_yaml(replace(recipe, models={**recipe.models, **pinned}))
+    head = to_yaml(pinned(recipe, plan.checkpoints))
     lock: dict[str, Any] = {
         "made_with": {
             **{name: version(name) for name in ("mergekit_lite", "torch", "safetensors")},
@@ -58,7 +50,7 @@ def lock_text(
         "set": list(recipe.overrides),
         "inputs": {
             name: [
-                {"file": Path(file.path).name, "bytes": file.nbytes, "blake3": inputs[file.path]}
+                {"file": Path(file.path).name, "bytes": file.nbytes, **_digest(inputs[file.path])}
                 for file in checkpoint.shards
             ]
             for name, checkpoint in plan.checkpoints.items()
@@ -108,6 +100,30 @@ def relative(errors: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
     return {"all": quotient(whole, left), "modules": {name: quotient(*error) for name, error in errors.items()}}
 
 
+def pinned(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Recipe:
+    """The recipe with the commits that its Hub models were resolved to."""
+    models = {
+        name: replace(
+            recipe.models[name],
+            revision=checkpoint.revision,
+            adapter_revision=checkpoint.adapter.revision if checkpoint.adapter else None,
+        )
+        for name, checkpoint in checkpoints.items()
+    }
+    return replace(recipe, models={**recipe.models, **models})
+
+
+def _digest(told: str) -> dict[str, str]:
+    """A digest with the name of its function."""
+    kind, colon, digest = told.partition(":")
+    return {kind: digest} if colon else {"blake3": told}
+
+
+def _is(file: Mapping[str, Any], told: str) -> bool:
+    """Whether an entry of a lock has a digest."""
+    return all(file.get(kind) == digest for kind, digest in _digest(told).items())
+
+
 def sealed(text: str) -> str:
     """The text of a lock with its last line."""
     return f"{text}# blake3: {blake3(text.encode()).hexdigest()}\n"
@@ -132,17 +148,43 @@ def changed_inputs(
     lock: Mapping[str, Any] | None, checkpoints: Mapping[str, Checkpoint], inputs: Mapping[str, str]
 ) -> list[Problem]:
     """What differs between the inputs, given with the digests of their files by path, and what the lock of a recipe
-    says of them; nothing where there is no lock."""
+    says of them; nothing where there is no lock. A file that is read from the Hub has the content that its commit says:
+    where the lock has a digest of another kind, size and commit are compared."""
     problems: list[Problem] = []
     for name, files in ((lock or {}).get("inputs") or {}).items():
         checkpoint = checkpoints.get(name)
-        now = {Path(f.path).name: inputs[f.path] for f in checkpoint.shards} if checkpoint else {}
+        now = {Path(shard.path).name: shard for shard in checkpoint.shards} if checkpoint else {}
         for file in files:
-            if now.get(file["file"]) != file["blake3"]:
-                what = "has other content than" if file["file"] in now else "is missing, unlike"
+            shard = now.get(file["file"])
+            if shard is None or not (_is(file, inputs[shard.path]) or _is_unchecked(file, shard)):
+                what = "has other content than" if shard is not None else "is missing, unlike"
                 hint = "restore it, or remove the `lock` part to merge what is there now"
                 problems.append(Problem(f"`{file['file']}` of `{name}` {what} when the lock was made", None, hint))
     return problems
+
+
+def unchecked_inputs(
+    lock: Mapping[str, Any] | None, checkpoints: Mapping[str, Checkpoint], inputs: Mapping[str, str]
+) -> list[Problem]:
+    """A note on inputs for which the lock has a digest that nobody can form without all of their bytes."""
+    names = []
+    for name, files in ((lock or {}).get("inputs") or {}).items():
+        now = {Path(shard.path).name: shard for shard in checkpoints[name].shards} if name in checkpoints else {}
+        shards = [(file, now[file["file"]]) for file in files if file["file"] in now]
+        if any(not _is(file, inputs[shard.path]) and _is_unchecked(file, shard) for file, shard in shards):
+            names.append(name)
+    if not names:
+        return []
+    message = f"the lock's BLAKE3 digests of {', '.join(f'`{name}`' for name in names)} are not held against the inputs"
+    hint = "they are read in parts, at the commit that the lock names; `--fetch cache` downloads them and compares"
+    return [Problem(message, None, hint)]
+
+
+def _is_unchecked(file: Mapping[str, Any], shard: ShardFile) -> bool:
+    """Whether an entry of a lock can be held against a file on the Hub by its size alone: the lock was made of the
+    bytes, and names the commit."""
+    remote = shard.remote
+    return remote is not None and "blake3" in file and file.get("bytes") in (None, shard.nbytes)
 
 
 def changed_outputs(recipe: Recipe, shards: Mapping[str, Mapping[str, str]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from mergekit_lite.errors import Problem
@@ -14,7 +15,8 @@ def read_lock(node: Node, problems: list[Problem]) -> dict[str, Any] | None:
     """The section as plain data; findings go to `problems`, None where it is no lock.
 
     Every item of `inputs.NAME`, of `outputs[..].shards` and of `outputs[..].files`, which earlier versions did not
-    write, is sure to have a `file` and a `blake3` that are text. Other parts are kept as they stand.
+    write, is sure to have a `file` and a `blake3` that are text; an input may have a `sha256` or a `git` in its place,
+    where it was read from the Hub by ranges. Other parts are kept as they stand.
     """
     if not isinstance(node, MapNode):
         problems.append(Problem(f"`lock` must be a mapping, not {describe(node)}", node.mark, _HINT))
@@ -23,7 +25,7 @@ def read_lock(node: Node, problems: list[Problem]) -> dict[str, Any] | None:
     inputs, outputs = node.get("inputs"), node.get("outputs")
     if isinstance(inputs, MapNode):
         for entry in inputs.entries.values():
-            _check_files(entry.value, problems)
+            _check_files(entry.value, problems, ("blake3", "sha256", "git"))
     elif inputs is not None:
         problems.append(Problem(f"`inputs` must be a mapping, not {describe(inputs)}", inputs.mark, _HINT))
     if isinstance(outputs, ListNode):
@@ -46,11 +48,15 @@ def plain_data(node: Node) -> Any:
     return {key: plain_data(entry.value) for key, entry in node.entries.items()}
 
 
-def _check_files(node: Node, problems: list[Problem]) -> None:
+def _check_files(node: Node, problems: list[Problem], digests: Sequence[str] = ("blake3",)) -> None:
     if not isinstance(node, ListNode):
         problems.append(Problem(f"this must be a list of files, not {describe(node)}", node.mark, _HINT))
         return
     for item in node.items:
-        fields = [item.get(key) for key in ("file", "blake3")] if isinstance(item, MapNode) else [None]
-        if not all(isinstance(field, ScalarNode) and isinstance(field.value, str) for field in fields):
+        texts = [key for key in ("file", *digests) if isinstance(item, MapNode) and _is_text(item.get(key))]
+        if len(texts) < 2 or texts[0] != "file":
             problems.append(Problem("a file of the lock needs a `file` and a `blake3`", item.mark, _HINT))
+
+
+def _is_text(node: Node | None) -> bool:
+    return isinstance(node, ScalarNode) and isinstance(node.value, str)

@@ -61,6 +61,7 @@ class Options:
     device: str = "cpu"
     progress: Callable[[Progress], None] = field(default=lambda progress: None)
     check: Callable[[], None] = field(default=lambda: None)  # called between blocks; raises to stop the run
+    abort: Callable[[], None] = field(default=lambda: None)  # called when the run stops early: nobody is to wait then
 
 
 @dataclass
@@ -193,6 +194,7 @@ class _Run:
                     self._units(threads)
                 except BaseException:
                     self.stop.set()
+                    self.options.abort()
                     raise
         except KeyboardInterrupt as fault:
             self._drain()

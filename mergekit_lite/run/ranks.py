@@ -84,7 +84,8 @@ class Ranks:
         rank, and UsageError where ranks have different plans, outputs, inputs or `options`."""
 
         def tell(plan: Plan) -> tuple[Any, Any]:
-            inputs = [(f.nbytes, f.mtime_ns) for c in plan.checkpoints.values() for f in c.shards]
+            shards = [shard for checkpoint in plan.checkpoints.values() for shard in checkpoint.shards]
+            inputs = [(s.nbytes, s.mtime_ns, s.remote and (s.remote.commit, s.remote.etag)) for s in shards]
             return (plan.digest, [os.path.abspath(output.to) for output in plan.outputs], options), inputs
 
         plan, told = self.together(make, tell)

@@ -12,11 +12,12 @@ from typing import Any
 
 from mergekit_lite.checkpoint.extras import find_extras
 from mergekit_lite.checkpoint.meta import TensorMeta
-from mergekit_lite.checkpoint.reader import MAX_OPEN_FILES, Reader
+from mergekit_lite.checkpoint.reader import MAX_OPEN_FILES
 from mergekit_lite.checkpoint.writer import free_bytes
 from mergekit_lite.errors import InputError, InterruptedRun, Problem, StoppedError
 from mergekit_lite.limits import hint_for, refusal
 from mergekit_lite.plan.model import Plan
+from mergekit_lite.run.copy import ByteSource
 from mergekit_lite.run.journal import NAME, Done, Journal, read_beside
 from mergekit_lite.run.publish import fsync_folder, take_back
 from mergekit_lite.run.ranks import Ranks
@@ -182,7 +183,7 @@ def _way_on(plan: Plan) -> str:
     return "nothing was written: start it again"
 
 
-def check_tied(plan: Plan, reader: Reader) -> None:
+def check_tied(plan: Plan, reader: ByteSource) -> None:
     """Refuse checkpoints that store two tensors with different numbers where their configuration says that the two are
     one: merging either would change the model in silence. Raises InputError with all of them."""
     problems = []
@@ -195,7 +196,7 @@ def check_tied(plan: Plan, reader: Reader) -> None:
         raise InputError(problems)
 
 
-def _same_bytes(one: TensorMeta, other: TensorMeta, reader: Reader) -> bool:
+def _same_bytes(one: TensorMeta, other: TensorMeta, reader: ByteSource) -> bool:
     size = 1 << 20
     ours, theirs = bytearray(size), bytearray(size)
     for start in range(0, one.nbytes, size):

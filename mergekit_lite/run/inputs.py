@@ -1,0 +1,73 @@
+"""Where a run reads its inputs: from the disk, or from the Hub by ranges. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mergekit_lite.checkpoint.hub import fetch_beside
+from mergekit_lite.checkpoint.meta import Checkpoint
+from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.checkpoint.remote import Inputs, RemoteReader
+from mergekit_lite.errors import InputError
+from mergekit_lite.plan.model import Plan
+from mergekit_lite.plan.streaming import spool_bytes, streams
+from mergekit_lite.run.sink import partial
+
+
+def inputs_of(plan: Plan, threads: int) -> Reader | Inputs:
+    """What reads the inputs of `plan` for `threads` threads."""
+    shards = [shard for checkpoint in plan.checkpoints.values() for shard in checkpoint.shards]
+    local = Reader(shard for shard in shards if shard.remote is None)
+    remote = [shard for shard in shards if shard.remote is not None]
+    if not remote:
+        return local
+    folder = partial(plan.outputs[0].to)
+    return Inputs(local, RemoteReader(remote, threads, streams(plan), spool_bytes(plan, threads), folder))
+
+
+def beside_fetched(plan: Plan) -> Plan:
+    """`plan` with all files that outputs take over beside the weights in the Hub's cache: a plan needs config.json
+    alone. Raises InputError."""
+    donors = {output.donor for output in plan.outputs}
+    fetched = {}
+    for name in donors:
+        checkpoint = plan.checkpoints[name]
+        if checkpoint.thin and checkpoint.revision is not None:
+            folder = fetch_beside(checkpoint.location, checkpoint.revision)
+            fetched[name] = replace(checkpoint, folder=folder, thin=False)
+    return replace(plan, checkpoints={**plan.checkpoints, **fetched}) if fetched else plan
+
+
+def stated_digests(plan: Plan) -> dict[str, str]:
+    """What the Hub says of the content of the files that are read by ranges, by path."""
+    shards = [shard for checkpoint in plan.checkpoints.values() for shard in checkpoint.shards]
+    return {shard.path: shard.remote.digest for shard in shards if shard.remote is not None}
+
+
+def locked_digests(lock: Mapping[str, Any] | None, checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
+    """The digests of files on this disk for which a recipe's lock has what the Hub said, by path: `sha256:...` or
+    `git:...`. Raises InputError where one cannot be read."""
+    found: dict[str, str] = {}
+    for name, files in ((lock or {}).get("inputs") or {}).items():
+        here = {Path(s.path).name: s for s in checkpoints[name].shards} if name in checkpoints else {}
+        for file in files:
+            shard = here.get(file["file"])
+            kind = next((kind for kind in ("sha256", "git") if kind in file and "blake3" not in file), None)
+            if shard is not None and shard.remote is None and kind is not None:
+                found[shard.path] = f"{kind}:{_digest(shard.path, kind, shard.nbytes)}"
+    return found
+
+
+def _digest(path: str, kind: str, nbytes: int) -> str:
+    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % nbytes, usedforsecurity=False)
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    except OSError as fault:
+        raise InputError(f"cannot read `{path}`: {fault.strerror}", hint="was it moved during the run?") from fault
+    return digest.hexdigest()
