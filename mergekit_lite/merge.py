@@ -96,6 +96,7 @@ def plan(
     """
     from mergekit_lite.plan.budget import memory_bytes, within
     from mergekit_lite.plan.build import build_plan, no_collection, used_models
+    from mergekit_lite.plan.confine import no_pushes, outside
     from mergekit_lite.plan.order import BLOCK
 
     if out is not None and len(recipe.saves) > 1:
@@ -103,11 +104,12 @@ def plan(
         raise RecipeError(Problem(f"`--out` names one folder, the recipe saves {len(recipe.saves)}", None, hint))
     if (box := sandbox.current()) is not None:
         from mergekit_lite.methods.registry import all_methods
-        from mergekit_lite.plan.confine import outside
 
         problems = outside(recipe, all_methods(), Path(out) if out is not None else None, box)
         if problems:
             raise RecipeError(problems)
+    if offline and (problems := no_pushes(recipe, "the run is offline")):
+        raise RecipeError(problems)
     budget = None if memory is None else memory_bytes(memory)
     with no_collection():
         checkpoints = open_models(recipe, used_models(recipe), offline or box is not None, allow_pickle)
@@ -261,7 +263,7 @@ def run(
             inputs, shards = collect(plan, shares, peers.exchange(LAST, digested))
             findings = Findings.sum(merged)
             journal.absorb()
-            complete(plan, lambda beside: lock_text(plan, inputs, shards, beside), solved, keep_auto_map)
+            complete(plan, lambda beside: lock_text(plan, inputs, shards, beside), solved, keep_auto_map, _card(plan))
     return Result(
         outputs=tuple(output.to for output in plan.outputs),
         shards=shards,
@@ -276,6 +278,19 @@ def run(
         notes=tuple(notes),
         output_nonfinite=findings.output_nonfinite,
     )
+
+
+def _card(plan: Plan) -> Callable[[Path, str, int], str]:
+    """What writes the model card of an output that lies in a folder, of which the text of its lock tells."""
+
+    def text(folder: Path, lock: str, number: int) -> str:
+        from mergekit_lite.publish.card import render
+
+        recipe, _ = parse(lock, "recipe.lock.yaml")
+        assert recipe is not None
+        return render(folder, recipe, number, Path(plan.outputs[number].to).name)
+
+    return text
 
 
 def merge_in_memory(

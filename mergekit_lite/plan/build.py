@@ -18,7 +18,7 @@ from mergekit_lite.family.family import Family, family_of
 from mergekit_lite.methods.registry import all_methods
 from mergekit_lite.methods.spec import Method
 from mergekit_lite.plan.adapter import adapted
-from mergekit_lite.plan.check import check_places
+from mergekit_lite.plan.check import check_places, check_pushes
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.layout import build_output
 from mergekit_lite.plan.model import Alignment, Node, Output, Plan, StepView, Unit
@@ -275,9 +275,11 @@ def _outputs(
         elif not table.nodes:
             problems.append(Problem(f"`{step}` has no tensors", save.mark, "look at its inputs with `merge inspect`"))
         else:
-            # The folder stays out of the shards: the same merge gives the same bytes wherever it is put.
-            text = to_yaml(replace(recipe, saves=(replace(save, step=Ref(step, save.mark), to=None),)))
+            # Folder and repository stay out of the shards: the same merge gives the same bytes wherever it is put.
+            here = replace(save, step=Ref(step, save.mark), to=None, push=None)
+            text = to_yaml(replace(recipe, saves=(here,)))
             outputs.append(build_output(str(place), step, table, save.dtype, save.shard, text))
+    problems += check_pushes(recipe.saves)
     if check_output:
         problems += check_places(places, checkpoints)
     return tuple(outputs)

@@ -43,7 +43,9 @@ def lock_text(
         )
         for name, checkpoint in plan.checkpoints.items()
     }
-    head = to_yaml(replace(recipe, models={**recipe.models, **pinned}))
+    # Without `push`: whoever runs a lock to see whether the bytes are the same wants to publish nothing.
+    saves = tuple(replace(save, push=None) for save in recipe.saves)
+    head = to_yaml(replace(recipe, models={**recipe.models, **pinned}, saves=saves))
     lock: dict[str, Any] = {
         "made_with": {
             **{name: version(name) for name in ("mergekit_lite", "torch", "safetensors")},

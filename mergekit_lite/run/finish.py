@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mergekit_lite.run.alignment import Solved
 
 RECIPE = "recipe.yaml"
+CARD = "README.md"
 PERMUTATIONS = "permutations"
 
 
@@ -71,11 +72,17 @@ Beside = dict[str, dict[str, tuple[int, str]]]  # by output folder and file name
 
 
 def complete(
-    plan: Plan, lock: Callable[[Beside], str], solved: Mapping[str, Solved], keep_auto_map: bool = False
+    plan: Plan,
+    lock: Callable[[Beside], str],
+    solved: Mapping[str, Solved],
+    keep_auto_map: bool = False,
+    card: Callable[[Path, str, int], str] | None = None,
 ) -> None:
     """Put configuration, tokenizer, index, recipe, permutations and the lock, which `lock` makes of the files beside
-    the shards, into the folders, then rename every partial folder to its name; the one that holds the journal comes
-    last. Raises StoppedError where the disk is full or a name has been taken since the plan was made."""
+    the shards, into the folders, and the model card, which `card` makes of a folder, the lock and the output's number;
+    then rename every partial folder to its name; the one that holds the journal comes last. The lock says nothing of
+    the card: it is for people, and theirs to change. Raises StoppedError where the disk is full or a name has been
+    taken since the plan was made."""
     beside: Beside = {}
     for output in plan.outputs:
         try:
@@ -87,9 +94,11 @@ def complete(
             hint = "make room on the disk or check it, then go on with `--resume`"
             raise StoppedError(f"cannot write into `{partial(output.to)}`: {fault.strerror}", hint=hint) from fault
     text = lock(beside)
-    for output in plan.outputs:
+    for number, output in enumerate(plan.outputs):
         try:
             _write(partial(output.to) / LOCK, text)
+            if card is not None:
+                _write(partial(output.to) / CARD, card(partial(output.to), text, number))
             _fsync_folder(partial(output.to))
         except OSError as fault:
             hint = "make room on the disk or check it, then go on with `--resume`"
