@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_lite.cli import options, show
+from mergekit_lite.cli.push import as_json as push_json
+from mergekit_lite.cli.push import push_all, tell
 from mergekit_lite.errors import InterruptedRun, MergeError, Problem, printable
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ def run(
 
     The output folder appears when it is whole. A run that stops keeps what it has finished, and the same command with
     --resume goes on to the same bytes. A lock file is a recipe too: running it tells whether the bytes are the same.
+    What the recipe says under `push` is published last; if that fails, the output is whole and `merge push` does it.
     """
     from mergekit_lite import merge
     from mergekit_lite.run.ranks import launched, launched_alone
@@ -82,9 +85,7 @@ def run(
         return
     found = findings(result)
     show.warnings(found)
-    if json:
-        show.json(as_json(made, result, [*before, *found]))
-    else:
+    if not json:
         for name, figures in result.alignments.items():
             for text in matched(made.alignments[name].labels, figures):
                 show.line(f"{name}  {text}")
@@ -96,6 +97,12 @@ def run(
                 f"lock {Path(output.to) / 'recipe.lock.yaml'}",
             ]
             show.line(" · ".join(parts))
+    pushed = push_all(made, threads or merge.default_threads())
+    if json:
+        data = as_json(made, result, [*before, *found])
+        show.json(data | ({"pushes": [push_json(done, []) for done in pushed]} if pushed else {}))
+    for done in pushed if not json else ():
+        tell(done)
     if result.changed:
         raise typer.Exit(1)
 

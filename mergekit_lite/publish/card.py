@@ -67,7 +67,7 @@ def render(
         "## Parents",
         table(["parent", "version", "licence"], [_row(parent, ask is not None) for parent in line.parents]),
         "## Licence",
-        *(_said(words) for words in _words(outcome, line.parents, ask is not None)),
+        "\n".join(f"- {words}" for words in _words(outcome, line.parents, ask is not None)),
         "## Figures",
         table(["what", ""], _figures(tensors, nbytes, len(said["shards"]))),
         "## How to make it again",
@@ -208,10 +208,6 @@ def _words(outcome: licence.Outcome, parents: Sequence[Parent], asked: bool) -> 
     if not asked and any(parent.hub for parent in parents):
         words.append("What the Hub says of its models is looked up when this card is pushed.")
     return [*words, "These are the words of the parents' cards, not legal advice."]
-
-
-def _said(words: str) -> str:
-    return f"- {words}"
 
 
 def _figures(tensors: Sequence[TensorMeta], nbytes: int, shards: int) -> list[list[str]]:

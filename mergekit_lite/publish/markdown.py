@@ -10,7 +10,7 @@ from mergekit_lite.redact import redact
 
 LONGEST = 200  # characters of a stranger's text
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "&#64;", ":": "&#58;"})
-_MARKS = re.compile(r"([\\`*_{}\[\]()#+!|~$^=-])")
+_MARKS = re.compile(r"([\\`*_{}\[\]()#!|~$])")
 
 
 def plain(text: str) -> str:
