@@ -60,8 +60,10 @@ def push(
 
 def publish(output: str, wanted: Push, threads: int) -> tuple[Pushed | None, list[str]]:
     """Verify an output and push it as `wanted`; the faults, told already, where it is not as its lock says."""
+    from mergekit_lite.publish.push import check_ready
     from mergekit_lite.publish.push import push as send
 
+    check_ready(wanted.repo)  # before gigabytes are read
     found = _verified(output, threads)
     if found.faults:
         for fault in found.faults:

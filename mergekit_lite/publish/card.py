@@ -63,7 +63,7 @@ def render(
         _about(line, methods),
         "## Recipe",
         fenced("yaml", redact(_recipe(recipe, number, line))),
-        fenced("mermaid", _drawing(recipe, line, title, nbytes)),
+        fenced("mermaid", _drawing(line, title, nbytes)),
         "## Parents",
         table(["parent", "version", "licence"], [_row(parent, ask is not None) for parent in line.parents]),
         "## Licence",
@@ -133,15 +133,12 @@ def _recipe(recipe: Recipe, number: int, line: Lineage) -> str:
     save = replace(recipe.saves[number], to=None, push=None)
     steps = {step.name: step for step in line.steps}
     data = native(replace(recipe, models={}, steps=steps, saves=(save,)))
-    wanted = {parent.name for parent in line.parents}
     models: dict[str, Any] = {}
-    for name, model in recipe.models.items():
-        if name not in wanted:
-            continue
+    for model in line.models:
         place: Any = _place(line, model.location, model.revision)
         if model.adapter is not None:
             place = {"path": place, "adapter": _place(line, model.adapter, model.adapter_revision)}
-        models[_shown(name, line)] = place
+        models[_shown(model.name, line)] = place
     head = {key: data[key] for key in data if key not in ("steps", "save")}
     rest = {key: _without_places(data[key], line) for key in ("steps", "save") if key in data}
     return dump({**head, **({"models": models} if models else {}), **rest})
@@ -154,7 +151,7 @@ def _place(line: Lineage, location: str, revision: str | None) -> str:
 
 def _shown(name: str, line: Lineage) -> str:
     """The name of a model: where it is a location in place, without the path."""
-    if "/" not in name or any(parent.hub and parent.name == name for parent in line.parents):
+    if "/" not in name or any(model.name == name and model.revision is not None for model in line.models):
         return name
     return line.shown.get(name) or name.rstrip("/").rpartition("/")[2]
 
@@ -170,13 +167,13 @@ def _without_places(value: Any, line: Lineage, key: bool = False) -> Any:
     return value
 
 
-def _drawing(recipe: Recipe, line: Lineage, title: str, nbytes: int) -> str:
+def _drawing(line: Lineage, title: str, nbytes: int) -> str:
     """The steps as a flowchart, as `merge plan --dag mermaid` draws them."""
     models = []
-    for name in dict.fromkeys(parent.name for parent in line.parents):
-        model, shown = recipe.models[name], _shown(name, line)
+    for model in line.models:
+        shown = _shown(model.name, line)
         where = " + ".join(line.shown[place] for place in (model.location, model.adapter) if place is not None)
-        models.append((name, _plain(shown), "" if shown == where else _plain(where)))
+        models.append((model.name, _plain(shown), "" if shown == where else _plain(where)))
     views = []
     for step in line.steps:
         inputs = tuple(item.ref.name for item in step.of)
@@ -239,7 +236,7 @@ def _again(recipe: Recipe, line: Lineage, repo: str | None) -> list[str]:
         "The command refuses parents that have changed, and leaves with 1 where the bytes differ from these."
         + (f" They were made with {versions}." if versions else ""),
     ]
-    local = list(dict.fromkeys(p.name for p in line.parents if not p.hub and "/" not in p.name))
+    local = [model.name for model in line.models if model.revision is None and "/" not in model.name]
     if any(not parent.hub for parent in line.parents):
         example = f", or are named by `--set models.{local[0]}=FOLDER`" if local else ""
         parts.append(f"Parents that are not on the Hub must lie where the lock names them{example}.")

@@ -15,7 +15,8 @@ from mergekit_lite.checkpoint.hub import is_hub_id
 from mergekit_lite.checkpoint.inside import inside, read_bytes
 from mergekit_lite.errors import InputError
 from mergekit_lite.recipe.links import final_step, mentions, references
-from mergekit_lite.recipe.model import Recipe, Save, Step
+from mergekit_lite.recipe.model import Model, Recipe, Save, Step
+from mergekit_lite.redact import cleaned
 from mergekit_lite.run.finish import CARD
 
 Card = Mapping[str, Any]
@@ -40,10 +41,11 @@ class Parent:
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """What leads to one output: steps in the order of the recipe, parents, and the text that stands for each location
-    that the recipe names, which for a local one is its folder's name."""
+    """What leads to one output: models and steps in the order of the recipe, parents, which are fewer where models
+    share one, and the text that stands for each location, which for a local one is its folder's name."""
 
     step: str
+    models: tuple[Model, ...]
     steps: tuple[Step, ...]
     parents: tuple[Parent, ...]
     shown: Mapping[str, str] = field(default_factory=dict)
@@ -55,7 +57,7 @@ def lineage(recipe: Recipe, save: Save, ask: Ask | None) -> Lineage:
     last = save.step.name if save.step is not None else final_step(recipe)
     names = _leading(recipe, last)
     steps = tuple(step for name, step in recipe.steps.items() if name in names)
-    models = [model for name, model in recipe.models.items() if name in names]
+    models = tuple(model for name, model in recipe.models.items() if name in names)
     shown: dict[str, str] = {}
     taken = {*recipe.models, *recipe.steps}
     parents: dict[tuple[str, str | None], Parent] = {}
@@ -72,8 +74,9 @@ def lineage(recipe: Recipe, save: Save, ask: Ask | None) -> Lineage:
             listed = digests.get(model.name) or [] if model.adapter is None else []
             card = _local(location) if not hub else ask(location, commit) if ask is not None else None
             files = {str(file["file"]): str(file["blake3"]) for file in listed}
+            card = None if card is None else cleaned(card)[0]
             parents[location, commit] = Parent(model.name, shown[location], hub, commit, files, card)
-    return Lineage(last, steps, tuple(parents.values()), shown)
+    return Lineage(last, models, steps, tuple(parents.values()), shown)
 
 
 def _leading(recipe: Recipe, last: str) -> set[str]:

@@ -51,19 +51,15 @@ class Pushed:
     notes: tuple[str, ...]
 
 
-def push(folder: Path, recipe: Recipe, number: int, to: Push) -> Pushed:
-    """Publish the output in `folder`, which is number `number` of those in its lock `recipe`, as `to` says.
-
-    The output must have been verified. Nothing is written into the folder. Raises UsageError in a sandbox and offline,
-    InputError where token, rights or names are at fault, or the repository holds another model, StoppedError where the
-    same command may go well later.
-    """
+def check_ready(repo: str) -> str:
+    """The token to push to `repo` with. Raises UsageError in a sandbox, offline and for what is no repository's id,
+    InputError where there is no token."""
     if sandbox.current() is not None:
         raise UsageError("nothing can be pushed: a sandbox has no network", hint="push once the sandbox is left")
-    if not is_hub_id(to.repo):
+    if not is_hub_id(repo):
         hint = "`owner/name`, for example `me/merged`"
-        raise UsageError(f"`{to.repo}` cannot be a repository of the Hub", hint=hint)
-    from huggingface_hub import HfApi, constants, get_token
+        raise UsageError(f"`{repo}` cannot be a repository of the Hub", hint=hint)
+    from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
         raise UsageError("nothing can be pushed: HF_HUB_OFFLINE is set", hint="unset it, then push again")
@@ -72,6 +68,19 @@ def push(folder: Path, recipe: Recipe, number: int, to: Push) -> Pushed:
     if token is None:
         hint = "run `hf auth login` with a token of the kind `write`, or set HF_TOKEN"
         raise InputError("there is no token for the Hub", hint=hint)
+    return token
+
+
+def push(folder: Path, recipe: Recipe, number: int, to: Push) -> Pushed:
+    """Publish the output in `folder`, which is number `number` of those in its lock `recipe`, as `to` says.
+
+    The output must have been verified. Nothing is written into the folder. Raises what `check_ready` raises, InputError
+    where token, rights or names are at fault, or the repository holds another model, StoppedError where the same
+    command may go well later.
+    """
+    token = check_ready(to.repo)
+    from huggingface_hub import HfApi
+
     try:
         with _progress_on_a_terminal_only():
             return _Push(HfApi(token=token, library_name="mergekit_lite"), folder, recipe, number, to).run()
