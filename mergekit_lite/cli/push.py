@@ -12,6 +12,7 @@ import typer
 
 from mergekit_lite.cli import bar, options, show
 from mergekit_lite.errors import InputError, Mark, MergeError, Problem, StoppedError, UsageError
+from mergekit_lite.redact import secret
 
 if TYPE_CHECKING:
     from mergekit_lite.plan.model import Plan
@@ -135,6 +136,10 @@ def _wanted(repo: str, private: bool | None, branch: str | None, pr: bool, messa
         )
     if message is not None and not fits("message", message):
         problems.append(Problem("the message of a commit is one line of at most 500 characters"))
+    if message is not None and secret(message):
+        problems.append(
+            Problem("the message holds a token or a password", None, "everyone who sees the commit reads it")
+        )
     if problems:
         raise UsageError(problems)
     return Push(repo, Mark("", 0, 0), private, branch, pr, message)

@@ -22,6 +22,7 @@ from mergekit_lite.run.finish import CARD
 Card = Mapping[str, Any]
 Ask = Callable[[str, str | None], Card | None]  # a Hub id and a commit -> the metadata of its card
 _MOST = 2**20  # bytes of a card
+_MOST_FRONT = 2**15  # characters of its metadata; more of it, or brackets in brackets, takes a parser long
 _FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 
 
@@ -120,7 +121,7 @@ def _local(location: str) -> Card | None:
 def front_matter(text: bytes) -> Card | None:
     """The metadata at the top of a card, with every scalar as text; None where it has none that can be read."""
     found = _FRONT.match(text.decode("utf-8", "replace").removeprefix("\ufeff"))
-    if found is None:
+    if found is None or len(found[1]) > _MOST_FRONT:
         return None
     try:
         # Makes nothing but text, lists and mappings; `no` is a language here.

@@ -142,10 +142,13 @@ class _Push:
         from huggingface_hub.errors import RepositoryNotFoundError
 
         repo, wanted = self.to.repo, self.to.private
+        private, status = False, None
         try:
             private = bool(patiently(lambda: self.api.repo_info(repo)).private)
         except RepositoryNotFoundError as error:
-            if status_of(error) == 401:
+            status = status_of(error)
+        if status is not None:
+            if status == 401:
                 self.api.whoami()  # tells a token that is none from a repository that is none
             made = wanted is not False
             patiently(lambda: self.api.create_repo(repo, private=made, exist_ok=True))

@@ -235,7 +235,7 @@ def _notes(look: Look, promise: Promise) -> Iterator[str]:
         yield "an earlier version wrote the lock: it covers the shards, and not configuration, tokenizer or itself"
     if JOURNAL in look.present:
         yield f"{JOURNAL} was left by a crash at the very end of the run; it may be removed"
-    rest = look.present - set(promise.names) - {NAME, JOURNAL, RECIPE, CARD}
+    rest = look.present - set(promise.names) - {NAME, JOURNAL, RECIPE, CARD, ".gitattributes"}
     rest = {name for name in rest if not name.endswith(_WEIGHTS) and name != INDEX and not is_read_with_a_model(name)}
     if rest:
         yield f"not of the run, and not looked at: {few(sorted(rest))}"

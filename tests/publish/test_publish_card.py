@@ -130,7 +130,8 @@ def test_words_of_strangers_do_nothing(folder: Path) -> None:
         (b"---\n- a\n---\n", None),
         (b"---\na: [1\n---\n", None),
         (b"---\na: !!python/object/apply:os.system [ls]\n---\n", {"a": ["ls"]}),
-        (b"---\n" + b"a: " + b"[" * 5000 + b"\n---\n", None),
+        (b"---\n" + b"a: " + b"[" * 1000 + b"\n---\n", None),
+        (b"---\nlicense: mit\nx: " + b"x" * 2**15 + b"\n---\n", None),
         (b"---\nlicense: \xff\n---\n", {"license": "\ufffd"}),
     ],
 )
