@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -107,6 +108,7 @@ def plan(
     """
     from mergekit_lite.plan.budget import memory_bytes, with_buffers, within
     from mergekit_lite.plan.build import build_plan, no_collection, used_models
+    from mergekit_lite.plan.confine import no_pushes, outside
     from mergekit_lite.plan.order import BLOCK
 
     if out is not None and len(recipe.saves) > 1:
@@ -114,11 +116,12 @@ def plan(
         raise RecipeError(Problem(f"`--out` names one folder, the recipe saves {len(recipe.saves)}", None, hint))
     if (box := sandbox.current()) is not None:
         from mergekit_lite.methods.registry import all_methods
-        from mergekit_lite.plan.confine import outside
 
         problems = outside(recipe, all_methods(), Path(out) if out is not None else None, box)
         if problems:
             raise RecipeError(problems)
+    if offline and (problems := no_pushes(recipe, "the run is offline")):
+        raise RecipeError(problems)
     budget = None if memory is None else memory_bytes(memory)
     with no_collection():
         checkpoints = open_models(
@@ -301,7 +304,8 @@ def run(
             findings = Findings.sum(merged)
             journal.absorb()
             errors = errors_of(plan, findings.figures)
-            complete(plan, lambda beside: lock_text(plan, inputs, shards, beside, errors), solved, keep_auto_map)
+            lock = partial(lock_text, plan, inputs, shards, errors=errors)
+            complete(plan, lock, solved, keep_auto_map, _card(plan))
     return Result(
         outputs=tuple(output.to for output in plan.outputs),
         shards=shards,
@@ -319,6 +323,19 @@ def run(
         plan=plan,
         bytes_fetched=reader.fetched,
     )
+
+
+def _card(plan: Plan) -> Callable[[Path, str, int], str]:
+    """What writes the model card of an output that lies in a folder, of which the text of its lock tells."""
+
+    def text(folder: Path, lock: str, number: int) -> str:
+        from mergekit_lite.publish.card import render
+
+        recipe, _ = parse(lock, "recipe.lock.yaml")
+        assert recipe is not None
+        return render(folder, recipe, number, Path(plan.outputs[number].to).name)
+
+    return text
 
 
 def merge_in_memory(

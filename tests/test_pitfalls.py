@@ -212,7 +212,7 @@ def test_4_local_models_need_no_network(offline: str, tiny_checkpoint: Callable[
     program = (sys.executable, "-c", NO_NETWORK)
     ran = process("run", "r.yaml", "--out", "out", program=program, HF_HUB_OFFLINE=offline, HF_HOME="no/such/cache")
     assert ran.code == 0, ran.err
-    names = {"config.json", "model.safetensors", "recipe.lock.yaml", "recipe.yaml", "tokenizer.json"}
+    names = {"README.md", "config.json", "model.safetensors", "recipe.lock.yaml", "recipe.yaml", "tokenizer.json"}
     assert {file.name for file in Path("out").iterdir()} == names
 
 

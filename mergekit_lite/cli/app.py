@@ -1,9 +1,9 @@
 """`merge`: the command line. One file per command beside this one.
 
 A command is a function of its options. It prints through `show`, raises the errors of errors.py, and `typer.Exit(1)`
-where its answer is no (`diff` differs, `doctor` fails, `verify` finds a fault). Exit codes: 0 done, 1 the answer is no,
-2 bad command line, 3 recipe rejected, 4 bad input, 5 stopped, 70 a bug of this program, 130 interrupted, 141 whoever
-read stdout is gone.
+where its answer is no (`diff` differs, `doctor` fails, `verify` and `push` find a fault). Exit codes: 0 done, 1 the
+answer is no, 2 bad command line, 3 recipe rejected, 4 bad input, 5 stopped, 70 a bug of this program, 130 interrupted,
+141 whoever read stdout is gone.
 
 Nothing here or in a command's module level may import torch, transformers or huggingface_hub: `merge --help` is quick.
 """
@@ -31,12 +31,13 @@ from mergekit_lite.cli.methods import methods
 from mergekit_lite.cli.path import path
 from mergekit_lite.cli.plan import PlanCommand, plan
 from mergekit_lite.cli.processor import choose_sorts, spare_threads
+from mergekit_lite.cli.push import push
 from mergekit_lite.cli.run import run
 from mergekit_lite.cli.verify import verify
 from mergekit_lite.errors import InterruptedRun, MergeError, Problem, StoppedError, UsageError, did_you_mean
 from mergekit_lite.limits import refusal
 
-COMMANDS = (run, plan, convert, methods, inspect, diff, path, doctor, verify)
+COMMANDS = (run, plan, convert, methods, inspect, diff, path, doctor, verify, push)
 # The root of what a bad command line raises. Typer brings its own copy of Click since 0.26, and no public name for it.
 BAD_COMMAND_LINE: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_lite.cli import options, show
+from mergekit_lite.cli.push import as_json as push_json
+from mergekit_lite.cli.push import push_all, tell
 from mergekit_lite.errors import InterruptedRun, MergeError, Problem, printable
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ def run(
 
     The output folder appears when it is whole. A run that stops keeps what it has finished, and the same command with
     --resume goes on to the same bytes. A lock file is a recipe too: running it tells whether the bytes are the same.
+    What the recipe says under `push` is published last; if that fails, the output is whole and `merge push` does it.
     """
     from mergekit_lite import merge
     from mergekit_lite.run.ranks import launched, launched_alone
@@ -92,9 +95,7 @@ def run(
     made = result.plan or made
     found = findings(result)
     show.warnings(found)
-    if json:
-        show.json(as_json(made, result, [*before, *found]))
-    else:
+    if not json:
         for name, figures in result.alignments.items():
             for text in matched(made.alignments[name].labels, figures):
                 show.line(f"{name}  {text}")
@@ -108,6 +109,12 @@ def run(
             show.line(" · ".join(parts))
             for text in fidelity(result.errors.get(output.to, {})):
                 show.line(text)
+    pushed = push_all(made, threads or merge.default_threads())
+    if json:
+        data = as_json(made, result, [*before, *found])
+        show.json(data | ({"pushes": [push_json(done, []) for done in pushed]} if pushed else {}))
+    for done in pushed if not json else ():
+        tell(done)
     if result.changed:
         raise typer.Exit(1)
 

@@ -18,7 +18,7 @@ from mergekit_lite.family.family import Family, family_of
 from mergekit_lite.methods.registry import all_methods
 from mergekit_lite.methods.spec import Method
 from mergekit_lite.plan.adapter import adapted
-from mergekit_lite.plan.check import check_places
+from mergekit_lite.plan.check import check_places, check_pushes
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.layout import build_output
 from mergekit_lite.plan.lock import pinned
@@ -282,9 +282,9 @@ def _outputs(
         table = tables.get(step)
         if table is None:
             continue
-        # The folder stays out of the shards: the same merge gives the same bytes wherever it is put. Commits go in: a
-        # lock, which names them, gives the same bytes again.
-        saved = replace(save, step=Ref(step, save.mark), to=None)
+        # Folder and repository stay out of the shards: the same merge gives the same bytes wherever it is put. Commits
+        # go in: a lock, which names them, gives the same bytes again.
+        saved = replace(save, step=Ref(step, save.mark), to=None, push=None)
         text = to_yaml(replace(pinned(recipe, checkpoints), saves=(saved,)))
         if save.lora is not None:
             outputs += adapters.output(str(place), number, save, step, table, text)
@@ -298,6 +298,7 @@ def _outputs(
             problems.append(Problem(f"`{step}` has no tensors", save.mark, "look at its inputs with `merge inspect`"))
         else:
             outputs.append(build_output(str(place), step, table, save.dtype, save.shard, text))
+    problems += check_pushes(recipe.saves)
     if check_output:
         problems += check_places(places, checkpoints)
     return tuple(outputs)

@@ -1,4 +1,4 @@
-"""What must hold before anything is written: where outputs may lie, and room for them."""
+"""What must hold before anything is written: where outputs may lie, and where they are pushed to."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from mergekit_lite.checkpoint.hub import is_hub_id
 from mergekit_lite.checkpoint.meta import Checkpoint
 from mergekit_lite.errors import Mark, Problem
 from mergekit_lite.recipe.model import Save
@@ -24,6 +25,21 @@ def check_places(saves: Sequence[tuple[Save, Path]], checkpoints: Mapping[str, C
                 break
         else:
             problems += _occupied(to, save.mark)
+    return problems
+
+
+def check_pushes(saves: Sequence[Save]) -> list[Problem]:
+    """Faults of the repositories to push to: one that is no id of the Hub, or one place for two outputs."""
+    problems: list[Problem] = []
+    taken: dict[tuple[str, str | None], int] = {}
+    for push in [save.push for save in saves if save.push is not None]:
+        if not is_hub_id(push.repo):
+            hint = "`owner/name`: letters, digits, `-`, `_` and `.`, at most 96 characters, no `--` and no `..`"
+            problems.append(Problem(f"`{push.repo}` cannot be a repository of the Hub", push.mark, hint))
+        line = taken.setdefault((push.repo, push.branch), push.mark.line)
+        if line != push.mark.line and not push.pr:
+            hint = f"the save on line {line} goes there; give each a repository or a branch of its own"
+            problems.append(Problem(f"two outputs are pushed to `{push.repo}`", push.mark, hint))
     return problems
 
 

@@ -29,7 +29,15 @@ def outside(recipe: Recipe, methods: Mapping[str, Method], out: Path | None, box
     places = [*_models(recipe), *_files(recipe, methods), *_outputs(recipe, out, box)]
     found = [(place, box.refusal(place.text, hub=place.hub)) for place in places]
     problems = [replace(problem, mark=place.mark) for place, problem in found if problem is not None]
+    problems += no_pushes(recipe, "a sandbox has no network")
     return sorted(dict.fromkeys(problems), key=lambda p: (p.mark.line, p.mark.column) if p.mark else (0, 0))
+
+
+def no_pushes(recipe: Recipe, reason: str) -> list[Problem]:
+    """What the recipe wants to publish where it cannot."""
+    hint = "take `push` out of the recipe; `merge push OUT REPO` publishes a finished output later"
+    pushes = [save.push for save in recipe.saves if save.push is not None]
+    return [Problem(f"nothing can be pushed to `{push.repo}`: {reason}", push.mark, hint) for push in pushes]
 
 
 def _models(recipe: Recipe) -> Iterator[Place]:

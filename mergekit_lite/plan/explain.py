@@ -132,23 +132,34 @@ def tree(plan: Plan) -> list[str]:
 
 def mermaid(plan: Plan) -> str:
     """The steps as a Mermaid flowchart: models, steps, output folders. A dotted arrow leads from a base."""
+    models = []
+    for name in plan.checkpoints:
+        location = located(plan.recipe.models[name])
+        models.append((name, name, "" if location == name else location))
+    return flowchart(models, plan.steps, [(output.step, output.to, size(output.nbytes)) for output in plan.outputs])
+
+
+def flowchart(
+    models: Sequence[tuple[str, str, str]], steps: Sequence[StepView], outputs: Sequence[tuple[str, str, str]]
+) -> str:
+    """The flowchart of `steps`. `models` are names with two lines of label, `outputs` likewise by the name of what they
+    save."""
     lines = ["flowchart LR"]
     ids: dict[str, str] = {}
-    for number, name in enumerate(plan.checkpoints):
+    for number, (name, *label) in enumerate(models):
         ids[name] = f"model{number}"
-        location = located(plan.recipe.models[name])
-        lines.append(f'  {ids[name]}[("{_quoted(name, "" if location == name else location)}")]')
-    for number, step in enumerate(plan.steps):
+        lines.append(f'  {ids[name]}[("{_quoted(*label)}")]')
+    for number, step in enumerate(steps):
         ids[step.name] = f"step{number}"
         lines.append(f'  {ids[step.name]}["{_quoted(step.name, step.use)}"]')
-    for step in plan.steps:
+    for step in steps:
         for place, name in enumerate(step.reads):
             role = _role(step, place)
             arrow = f"-. {role.strip(' ()')} .->" if role else "-->"
             lines.append(f"  {ids[name]} {arrow} {ids[step.name]}")
-    for number, output in enumerate(plan.outputs):
-        lines.append(f'  out{number}[/"{_quoted(output.to, size(output.nbytes))}"/]')
-        lines.append(f"  {ids[output.step]} --> out{number}")
+    for number, (step_name, *label) in enumerate(outputs):
+        lines.append(f'  out{number}[/"{_quoted(*label)}"/]')
+        lines.append(f"  {ids[step_name]} --> out{number}")
     return "\n".join(lines)
 
 

@@ -40,7 +40,9 @@ def lock_text(
     it, `sha256:...` or `git:...`; `shards` that of every output shard by output folder and file name, `files` size and
     digest of the files beside the shards likewise, `errors` those of adapters as `errors_of` does."""
     recipe = plan.recipe
-    head = to_yaml(pinned(recipe, plan.checkpoints))
+    # Without `push`: whoever runs a lock to see whether the bytes are the same wants to publish nothing.
+    saves = tuple(replace(save, push=None) for save in recipe.saves)
+    head = to_yaml(replace(pinned(recipe, plan.checkpoints), saves=saves))
     lock: dict[str, Any] = {
         "made_with": {
             **{name: version(name) for name in ("mergekit_lite", "torch", "safetensors")},

@@ -7,6 +7,7 @@ from typing import Any
 
 from mergekit_lite.methods.spec import Method, Param
 from mergekit_lite.recipe.lora import SVDS
+from mergekit_lite.recipe.push import BRANCH, MOST_MESSAGE
 from mergekit_lite.recipe.read import COMPUTE, NAME
 from mergekit_lite.recipe.save import DTYPES, SHORT_DTYPES, UNITS
 from mergekit_lite.recipe.step import MISSING
@@ -242,6 +243,7 @@ def _save() -> Schema:
                     {"type": "string", "pattern": f"^[0-9]{{1,30}}(\\.[0-9]{{1,30}})? ?({units})$"},
                 ],
             },
+            "push": _push(),
             "as": {"const": "lora", "description": "Save an adapter of `base`, as peft loads it, not a model."},
             "base": {**REFERENCE, "description": "The model that the adapter is for."},
             "rank": {
@@ -266,4 +268,25 @@ def _save() -> Schema:
             "as": ["base"],
         },
         "additionalProperties": False,
+    }
+
+
+def _push() -> Schema:
+    return {
+        "type": "object",
+        "description": "Where on the Hub the output is published once the run is done.",
+        "properties": {
+            "repo": {**TEXT, "description": "The repository, `owner/name`."},
+            "private": {
+                "type": "boolean",
+                "description": "Whether a repository that is made is private.",
+                "default": True,
+            },
+            "branch": {"type": "string", "pattern": f"^{BRANCH}$", "description": "The branch; main if left out."},
+            "pr": {"type": "boolean", "description": "Open a pull request.", "default": False},
+            "message": {**TEXT, "maxLength": MOST_MESSAGE, "description": "The commit's message."},
+        },
+        "required": ["repo"],
+        "additionalProperties": False,
+        "not": {"properties": {"pr": {"const": True}}, "required": ["branch", "pr"]},
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def size(nbytes: float) -> str:
@@ -38,3 +38,10 @@ def about(duration: float) -> str:
 def shape(sizes: Sequence[int]) -> str:
     """The shape of a tensor: `4096×128`, `scalar`."""
     return "×".join(map(str, sizes)) or "scalar"
+
+
+def few(names: Iterable[str], most: int = 5) -> str:
+    """The first names, and how many more there are: "`a`, `b` and 3 more"."""
+    names = list(names)
+    shown = ", ".join(f"`{name[:200]}`" for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -72,10 +72,24 @@ class AsLora:
 
 
 @dataclass(frozen=True, slots=True)
+class Push:
+    """Where an output is published once the run is done: the repository `repo` of the Hub, as a commit on `branch`
+    (None: main) or as a pull request. `private` None means: private where the repository is made. `message` is the
+    commit's."""
+
+    repo: str
+    mark: Mark
+    private: bool | None = None
+    branch: str | None = None
+    pr: bool = False
+    message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Save:
     """One output folder. `step` None means: the only step that no other uses. `to` None means: `--out` gives it.
     `dtype` None keeps the stored dtypes. `shard` is the most bytes of tensors in one file. With `lora` an adapter is
-    saved, not a model."""
+    saved, not a model. `push` None publishes nothing."""
 
     step: Ref | None
     to: str | None
@@ -83,6 +97,7 @@ class Save:
     shard: int
     mark: Mark
     lora: AsLora | None = None
+    push: Push | None = None
 
 
 @dataclass(frozen=True, slots=True)

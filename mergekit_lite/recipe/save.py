@@ -1,4 +1,4 @@
-"""The `save` section: which step goes to which folder, in which dtype, in files of which size."""
+"""The `save` section: which step goes to which folder, in which dtype, in files of which size, and to the Hub."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from mergekit_lite.recipe.lora import KEYS as LORA_KEYS
 from mergekit_lite.recipe.lora import read_lora
 from mergekit_lite.recipe.model import Ref, Save
 from mergekit_lite.recipe.node import ListNode, MapNode, Node, ScalarNode, describe
+from mergekit_lite.recipe.push import read_push
 
 DEFAULT_SHARD = 5 * 10**9
 DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-SAVE_KEYS = ("step", "to", "dtype", "shard", *LORA_KEYS)
+SAVE_KEYS = ("step", "to", "dtype", "shard", "push", *LORA_KEYS)
 _SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?) ?([A-Za-z]{1,3})")
 _MAX_PATH = 4096
 _EXAMPLE = "for example `save: {to: out/merged, dtype: bfloat16}`"
@@ -67,7 +68,7 @@ def read_size(value: object) -> int | None:
 
 
 def _read_save(node: MapNode, read_ref: Callable[[Node, str], Ref | None], problems: list[Problem]) -> Save:
-    step, to, dtype, shard = None, None, None, DEFAULT_SHARD
+    step, to, dtype, shard, push = None, None, None, DEFAULT_SHARD, None
     for key, entry in node.entries.items():
         value = entry.value.value if isinstance(entry.value, ScalarNode) else None
         mark = entry.value.mark
@@ -94,12 +95,11 @@ def _read_save(node: MapNode, read_ref: Callable[[Node, str], Ref | None], probl
         elif key in LORA_KEYS:
             pass
         elif key == "push":
-            hint = "save the folder here and publish it once the run is done"
-            problems.append(Problem("a recipe does not publish: `save` has no key `push`", entry.mark, hint))
+            push = read_push(entry.value, problems)
         else:
             problems.append(Problem(f"`save` has no key `{key}`", entry.mark, suggest(key, SAVE_KEYS)))
     lora = read_lora(node, read_ref, problems) if set(node.entries) & set(LORA_KEYS) else None
-    return Save(step, to, dtype, shard, _mark_of(node), lora)
+    return Save(step, to, dtype, shard, _mark_of(node), lora, push)
 
 
 def _mark_of(node: MapNode) -> Mark:

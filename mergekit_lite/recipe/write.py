@@ -145,6 +145,10 @@ def _save(save: Save) -> dict[str, Any]:
         data["shard"] = size_text(save.shard)
     if save.lora is not None:
         data |= _lora(save.lora)
+    if save.push is not None:
+        keys = {"private": save.push.private, "branch": save.push.branch, "message": save.push.message}
+        given = {key: value for key, value in keys.items() if value is not None}
+        data["push"] = {"repo": save.push.repo, **given, **({"pr": True} if save.push.pr else {})}
     return data
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mergekit_lite.errors import Problem
+from mergekit_lite.plan.words import few as few
 
 Verdict = Literal["ok", "warn", "fail"]
 FEW = 5  # names that a line holds before it only counts
@@ -45,10 +46,3 @@ def failures(name: str, problems: Iterable[Problem]) -> list[Check]:
 def count(number: int, noun: str) -> str:
     """`1 file`, `1,024 files`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def few(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
-    names = list(names)
-    shown = ", ".join(f"`{name[:200]}`" for name in names[:FEW])
-    return shown if len(names) <= FEW else f"{shown} and {len(names) - FEW} more"

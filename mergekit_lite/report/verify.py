@@ -20,7 +20,7 @@ from mergekit_lite.report.check import count, few
 from mergekit_lite.report.folder import LIMIT, Fault, Look, read_folder, tied_pairs
 from mergekit_lite.report.promise import AGAIN, Promise, read_promises
 from mergekit_lite.report.reread import Advance
-from mergekit_lite.run.finish import RECIPE
+from mergekit_lite.run.finish import CARD, RECIPE
 from mergekit_lite.run.journal import NAME as JOURNAL
 from mergekit_lite.run.sink import partial
 
@@ -157,7 +157,8 @@ def _against(promise: Promise, look: Look) -> Iterator[Fault]:
 
 
 def _recipe(look: Look, recipe: Recipe) -> Iterator[Fault]:
-    """recipe.yaml beside the lock must make the lock's recipe, up to the revisions that a run has pinned."""
+    """recipe.yaml beside the lock must make the lock's recipe, up to the revisions that a run has pinned and where the
+    output is pushed to."""
     try:
         ours, problems = parse(read_file(look.folder / RECIPE), RECIPE, _overrides(recipe))
     except MergeError as error:
@@ -177,7 +178,8 @@ def _overrides(recipe: Recipe) -> list[str]:
 
 def _unpinned(recipe: Recipe) -> str:
     models = {n: replace(m, revision=None, adapter_revision=None) for n, m in recipe.models.items()}
-    return to_yaml(replace(recipe, models=models))
+    saves = tuple(replace(save, push=None) for save in recipe.saves)
+    return to_yaml(replace(recipe, models=models, saves=saves))
 
 
 def _index(look: Look, promise: Promise, shards: Mapping[str, Header]) -> Iterator[Fault]:
@@ -233,7 +235,7 @@ def _notes(look: Look, promise: Promise) -> Iterator[str]:
         yield "an earlier version wrote the lock: it covers the shards, and not configuration, tokenizer or itself"
     if JOURNAL in look.present:
         yield f"{JOURNAL} was left by a crash at the very end of the run; it may be removed"
-    rest = look.present - set(promise.names) - {NAME, JOURNAL, RECIPE}
+    rest = look.present - set(promise.names) - {NAME, JOURNAL, RECIPE, CARD, ".gitattributes"}
     rest = {name for name in rest if not name.endswith(_WEIGHTS) and name != INDEX and not is_read_with_a_model(name)}
     if rest:
         yield f"not of the run, and not looked at: {few(sorted(rest))}"

@@ -23,9 +23,11 @@ from mergekit_lite.run.sink import partial
 
 if TYPE_CHECKING:
     from mergekit_lite.checkpoint.reader import Reader
+    from mergekit_lite.checkpoint.remote import Inputs
     from mergekit_lite.run.alignment import Solved
 
 RECIPE = "recipe.yaml"
+CARD = "README.md"
 PERMUTATIONS = "permutations"
 
 
@@ -88,11 +90,17 @@ Beside = dict[str, dict[str, tuple[int, str]]]  # by output folder and file name
 
 
 def complete(
-    plan: Plan, lock: Callable[[Beside], str], solved: Mapping[str, Solved], keep_auto_map: bool = False
+    plan: Plan,
+    lock: Callable[[Beside], str],
+    solved: Mapping[str, Solved],
+    keep_auto_map: bool = False,
+    card: Callable[[Path, str, int], str] | None = None,
 ) -> None:
     """Put configuration, tokenizer, index, recipe, permutations and the lock, which `lock` makes of the files beside
-    the shards, into the folders, then rename every partial folder to its name; the one that holds the journal comes
-    last. Raises StoppedError where the disk is full or a name has been taken since the plan was made."""
+    the shards, into the folders, and the model card, which `card` makes of a folder, the lock and the output's number;
+    then rename every partial folder to its name; the one that holds the journal comes last. The lock says nothing of
+    the card: it is for people, and theirs to change. Raises StoppedError where the disk is full or a name has been
+    taken since the plan was made."""
     beside: Beside = {}
     for output in plan.outputs:
         try:
@@ -104,9 +112,11 @@ def complete(
             message = f"cannot write into `{partial(output.to)}`: {fault.strerror}"
             raise StoppedError(message, hint=hint_for(fault)) from fault
     text = lock(beside)
-    for output in plan.outputs:
+    for number, output in enumerate(plan.outputs):
         try:
             _write(partial(output.to) / LOCK, text)
+            if card is not None:
+                _write(partial(output.to) / CARD, card(partial(output.to), text, number))
             fsync_folder(partial(output.to))
         except OSError as fault:
             message = f"cannot write into `{partial(output.to)}`: {fault.strerror}"

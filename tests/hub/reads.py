@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
+import yaml
 from store import DATE, Commit, Refused
 
 
@@ -36,6 +38,10 @@ def _info(ask: Any, org: str, name: str, revision: str = "main") -> None:
         "gated": "manual" if repo.gated else False, "disabled": False, "tags": [], "downloads": 0, "likes": 0,
         "lastModified": DATE, "createdAt": DATE, "siblings": siblings, "usedStorage": 0, "spaces": [],
     }  # fmt: skip
+    card = commit.files.get("README.md")
+    front = re.match(r"---\n(.*?)^---$", card.read(0, card.size).decode(), re.M | re.S) if card is not None else None
+    if front is not None:
+        made["cardData"] = yaml.load(front[1], Loader=yaml.BaseLoader)
     if ask.query.get("securityStatus"):
         made["securityRepoStatus"] = {"scansDone": True, "filesWithIssues": []}
     ask.answer_json(made)

@@ -169,7 +169,7 @@ def test_what_lies_beside_the_weights(parents: Path, tmp_path: Path) -> None:
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (base / name).read_bytes(), name
     theirs = {file.name for file in base.iterdir()}
-    assert {file.name for file in out.iterdir()} == theirs | {"recipe.yaml", "recipe.lock.yaml"}
+    assert {file.name for file in out.iterdir()} == theirs | {"recipe.yaml", "recipe.lock.yaml", "README.md"}
     assert (out / "recipe.yaml").read_text() == (tmp_path / "out.yaml").read_text()
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.chat_template == TEMPLATE

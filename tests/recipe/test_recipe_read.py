@@ -135,9 +135,26 @@ def test_tall() -> None:
     assert layers == [("math", (0, 24)), ("code", (16, 32))]
 
 
-def test_push_is_not_read_past() -> None:
-    text = STAGED.replace("shard: 2GB}", "shard: 2GB, push: {repo: me/staged}}")
-    assert faults(text) == ["a recipe does not publish: `save` has no key `push`"]
+def test_push() -> None:
+    keys = "repo: me/staged, private: false, branch: a/b.c, message: the first"
+    (save,) = good(STAGED.replace("shard: 2GB}", f"shard: 2GB, push: {{{keys}}}}}")).saves
+    found = save.push
+    assert found is not None
+    assert (found.repo, found.private, found.branch, found.pr, found.message) == (
+        ("me/staged", False, "a/b.c", False, "the first")
+    )
+    (save,) = good(STAGED.replace("shard: 2GB}", "push: {repo: me/staged, pr: true}}")).saves
+    assert save.push is not None and save.push.pr and save.push.private is None and save.push.branch is None
+
+
+@pytest.mark.parametrize(
+    "branch", ["..", "a..b", "a/", "a//b", ".a", "-a", "a.lock", "a b", "refs:x", "a~1", "a" * 201]
+)
+def test_what_no_branch_is_called(branch: str) -> None:
+    told = faults(STAGED.replace("shard: 2GB}", f"push: {{repo: me/x, branch: '{branch}'}}}}"))
+    assert (
+        told == [f"`branch` must be the name of a branch, not the text `{branch}`"] or "the name of a branch" in told[0]
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mergekit_lite.errors import Mark, RecipeError
 from mergekit_lite.recipe.lock import plain_data
-from mergekit_lite.recipe.model import Input, Model, Recipe, Ref, Save, Step
+from mergekit_lite.recipe.model import Input, Model, Push, Recipe, Ref, Save, Step
 from mergekit_lite.recipe.read import parse, split_location
 from mergekit_lite.recipe.source import load
 from mergekit_lite.recipe.value import Curve, Rule, Value
@@ -108,7 +108,17 @@ def recipes(draw: st.DrawFn) -> Recipe:
     shards = st.integers(1, 2**40) | st.integers(1, 2000).map(lambda n: n * 10**6) | st.just(2**31)
     tos = draw(st.lists(TEXTS.filter(lambda t: t.strip() and "\0" not in t and "/" not in t), max_size=3))
     places = {f"out/{place}-{to}": None for place, to in enumerate(tos)}
-    saves = [Save(draw(refs), to, draw(dtypes), draw(shards), NOWHERE) for to in places]
+    branches, messages = st.none() | st.sampled_from(["main", "a/b-1.x"]), st.none() | st.sampled_from(["one", "no"])
+    pushes = st.none() | st.builds(
+        lambda repo, private, branch, message: Push(
+            repo, NOWHERE, private, branch, branch is None and message is None, message
+        ),
+        st.sampled_from(["me/x", "1/2"]),
+        st.none() | st.booleans(),
+        branches,
+        messages,
+    )
+    saves = [Save(draw(refs), to, draw(dtypes), draw(shards), NOWHERE, draw(pushes)) for to in places]
     saves = saves or [Save(draw(refs), None, None, 5 * 10**9, NOWHERE)]
     used = {ref.name for step in steps.values() for ref in (*(i.ref for i in step.of), step.base, step.rest) if ref}
     used |= {str(step.params["like"].rules[0].value) for step in steps.values() if "like" in step.params}

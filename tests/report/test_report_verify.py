@@ -28,6 +28,7 @@ from mergekit_lite.report.reread import CHUNK, reread
 from mergekit_lite.report.verify import verify
 
 LOCK, INDEX = "recipe.lock.yaml", "model.safetensors.index.json"
+CARD = "README.md"  # for people: no lock speaks of it
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -94,7 +95,7 @@ def test_a_moved_output_without_its_inputs_is_whole(output: Path) -> None:
     found = verify(str(output))
     assert (found.faults, found.notes, found.sealed) == ((), (), True)
     assert found.shards == len(shards(output)) and found.tensors == len(llama())
-    everything = [path for path in output.rglob("*") if path.is_file() and path.name != LOCK]
+    everything = [path for path in output.rglob("*") if path.is_file() and path.name not in (LOCK, CARD)]
     assert found.files == len(everything) - found.shards
     assert found.nbytes == sum(path.stat().st_size for path in everything)
     relock(output)
@@ -236,7 +237,7 @@ def test_two_swapped_shards_are_both_named(output: Path) -> None:
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_every_byte_of_every_file_is_covered(merged: Path, data: Any) -> None:
-    files = sorted(path for path in merged.rglob("*") if path.is_file())
+    files = sorted(path for path in merged.rglob("*") if path.is_file() and path.name != CARD)
     path = data.draw(st.sampled_from(files))
     before = path.read_bytes()
     place = data.draw(st.integers(0, len(before) - 1))
@@ -263,10 +264,17 @@ def test_a_lock_of_an_earlier_version(output: Path) -> None:
 
 
 def test_files_that_change_nothing_are_noted(output: Path) -> None:
-    (output / "README.md").write_text("# Model")
+    (output / "notes.md").write_text("# Model")
     (output / ".cache").mkdir()
     found = verify(str(output))
-    assert found.faults == () and found.notes == ("not of the run, and not looked at: `README.md`",)
+    assert found.faults == () and found.notes == ("not of the run, and not looked at: `notes.md`",)
+
+
+def test_the_card_is_the_users_to_change(output: Path) -> None:
+    (output / CARD).write_text("# Model")
+    assert (verify(str(output)).faults, verify(str(output)).notes) == ((), ())
+    (output / CARD).unlink()
+    assert (verify(str(output)).faults, verify(str(output)).notes) == ((), ())
 
 
 @pytest.mark.parametrize(
