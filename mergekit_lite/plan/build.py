@@ -104,13 +104,11 @@ def _build(
     views: list[StepView] = []
     warnings: list[Problem] = [*recipe.notes]
     warnings += [note for checkpoint in checkpoints.values() for note in checkpoint.notes]
-    vocabulary: Remapped | None = None
-    if not problems:
-        try:
-            vocabulary, notes = remap(builder, recipe, checkpoints, tables, merged_models(recipe))
-            warnings += notes
-        except RecipeError as fault:
-            problems += fault.problems
+    if problems and any(save.tokenizer is not None for save in recipe.saves):
+        raise RecipeError(problems)
+    # Its faults come alone: where tables keep their old rows, every step would find that shapes differ.
+    vocabulary, notes = remap(builder, recipe, checkpoints, tables, merged_models(recipe))
+    warnings += notes
     for step in in_order(recipe, methods):
         found = _step(builder, step, methods, tables, problems)
         if found is not None:

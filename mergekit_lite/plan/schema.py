@@ -9,6 +9,7 @@ from mergekit_lite.methods.spec import Method, Param
 from mergekit_lite.recipe.read import COMPUTE, NAME
 from mergekit_lite.recipe.save import DTYPES, SHORT_DTYPES, UNITS
 from mergekit_lite.recipe.step import MISSING
+from mergekit_lite.recipe.tokenizer import TEMPLATES
 
 Schema = dict[str, Any]
 TEXT: Schema = {"type": "string", "pattern": r"\S"}
@@ -238,6 +239,57 @@ def _save() -> Schema:
                     {"type": "string", "pattern": f"^[0-9]{{1,30}}(\\.[0-9]{{1,30}})? ?({units})$"},
                 ],
             },
+            "tokenizer": _tokenizer(),
+            "chat_template": {
+                "anyOf": [TEXT, {"type": "null"}],
+                "description": f"{', '.join(TEMPLATES)}, a model, or a template's text.",
+            },
         },
         "additionalProperties": False,
     }
+
+
+def _tokenizer() -> Schema:
+    """The vocabulary that a save asks for, in its short and its long form."""
+    source: Schema = {"anyOf": [TEXT, {"type": "null"}], "description": "base, union, or a model."}
+    model_token: Schema = {
+        "type": "object",
+        "properties": {
+            "kind": {"const": "model_token"},
+            "model": REFERENCE,
+            "token": {"type": "string"},
+            "token_id": {"type": "integer"},
+        },
+        "required": ["kind", "model"],
+        "oneOf": [{"required": ["token"]}, {"required": ["token_id"]}],
+        "additionalProperties": False,
+    }
+    zero: Schema = {
+        "type": "object",
+        "properties": {"kind": {"const": "zero"}},
+        "required": ["kind"],
+        "additionalProperties": False,
+    }
+    row: Schema = {
+        "type": "object",
+        "properties": {
+            "source": {"anyOf": [REFERENCE, model_token, zero, {"type": "null"}]},
+            "force": {"type": "boolean", "description": "Also for models that have the token."},
+        },
+        "additionalProperties": False,
+    }
+    block: Schema = {
+        "type": "object",
+        "properties": {
+            "source": source,
+            "tokens": {
+                "type": ["object", "null"],
+                "additionalProperties": row,
+                "description": "Where rows of single tokens come from.",
+            },
+            "pad_to_multiple_of": {"type": ["integer", "null"], "minimum": 1, "maximum": 1 << 20},
+            "base": {**REFERENCE, "description": "The model whose rows others take for tokens that they lack."},
+        },
+        "additionalProperties": False,
+    }
+    return {"description": "The output's vocabulary.", "anyOf": [source, block]}

@@ -15,7 +15,8 @@ from mergekit_lite.recipe.links import final_step
 from mergekit_lite.recipe.model import Recipe, Ref, Save, Tokenizer, TokenRow
 from mergekit_lite.recipe.tokenizer import TEMPLATES
 from mergekit_lite.vocabulary.output import files_of, generation_config, renumbered, vocabulary_keys
-from mergekit_lite.vocabulary.rows import Choice, Table as RowTable, lost, padded
+from mergekit_lite.vocabulary.rows import Choice, lost, padded
+from mergekit_lite.vocabulary.rows import Table as RowTable
 from mergekit_lite.vocabulary.template import commonest, known, template_of, with_template
 from mergekit_lite.vocabulary.tokens import Reader, Tokens
 from mergekit_lite.vocabulary.union import united, with_added
