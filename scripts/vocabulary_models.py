@@ -115,17 +115,16 @@ def write(folder: Path, made: Tokenizer, seed: int, *, rows: int | None = None, 
         "tie_word_embeddings": tied or bert,
     }
     names = {"bos_token": "<s>", "eos_token": "</s>"} if not bert else {"pad_token": "[PAD]", "mask_token": "[MASK]"}
-    ids = {f"{name}_id": made.token_to_id(token) for name, token in names.items()}
+    ids: dict[str, Any] = {f"{name}_id": made.token_to_id(token) for name, token in names.items()}
     if bert:
         ids.pop("mask_token_id")
-        model = BertForMaskedLM(BertConfig(**common, **ids))
+        model: Any = BertForMaskedLM(BertConfig(**common, **ids))
         torch.nn.init.normal_(model.cls.predictions.bias)
     else:
         model = LlamaForCausalLM(LlamaConfig(**common, **ids))
     model.save_pretrained(folder)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="[UNK]" if bert else None, clean_up_tokenization_spaces=False, **names
-    )
+    kind: Any = PreTrainedTokenizerFast  # has no annotations
+    fast = kind(tokenizer_object=made, unk_token="[UNK]" if bert else None, clean_up_tokenization_spaces=False, **names)
     if folder.name in TEMPLATES and not bert:
         fast.chat_template = TEMPLATES[folder.name]
     fast.save_pretrained(folder)

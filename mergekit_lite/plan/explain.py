@@ -8,7 +8,8 @@ from typing import Any
 
 from mergekit_lite.checkpoint.meta import Checkpoint
 from mergekit_lite.plan.estimate import seconds
-from mergekit_lite.plan.model import Node, Output, OutTensor, Plan, StepView, Vocabulary
+from mergekit_lite.plan.model import Node, Output, OutTensor, Plan, StepView
+from mergekit_lite.plan.vocabulary import vocabulary
 from mergekit_lite.plan.words import about, count, shape, size
 from mergekit_lite.recipe.write import located
 
@@ -34,24 +35,6 @@ def summary(plan: Plan, threads: int) -> list[str]:
         files = [(s.file, size(s.nbytes), count(len(s.tensors), "tensor")) for s in output.shards]
         lines += [f"  {text}" for text in _aligned(files)]
     return lines
-
-
-def vocabulary(found: Vocabulary) -> list[str]:
-    """The output's vocabulary in lines: its size and its tensors, then where the rows of every model come from."""
-    lead = "" if found.source == found.lead else f" of {found.lead}" if found.source == "base" else f" on {found.lead}"
-    rows = f", {found.rows:,} rows" if found.rows != found.tokens else ""
-    lines = [f"vocabulary  {found.source}{lead}: {found.tokens:,} tokens{rows}, in {', '.join(found.tensors)}"]
-    kinds = {"own": "its own", "mean": "a mean of those that have them", "zero": "zero", "padding": "padding"}
-    for name, counts in found.models.items():
-        parts = [
-            f"{count:,} {kinds.get(kind) or f'of {kind}'}" for kind, count in sorted(counts.items(), key=_own_first)
-        ]
-        lines.append(f"  {name}: {', '.join(parts)}")
-    return lines
-
-
-def _own_first(item: tuple[str, int]) -> tuple[bool, str]:
-    return item[0] != "own", item[0]
 
 
 def _peak(plan: Plan) -> str:

@@ -270,3 +270,21 @@ def _check_dtypes(table: Table, tensor: str, same: bool, mark: Mark) -> None:
 def _named(counts: Mapping[str, int], having: Sequence[str], own: str) -> dict[str, int]:
     named = {having[int(key)] if key.isdigit() else key: count for key, count in counts.items()}
     return {("own" if key == own else key): count for key, count in named.items()}
+
+
+def vocabulary(found: Vocabulary) -> list[str]:
+    """The output's vocabulary in lines: its size and its tensors, then where the rows of every model come from."""
+    lead = "" if found.source == found.lead else f" of {found.lead}" if found.source == "base" else f" on {found.lead}"
+    rows = f", {found.rows:,} rows" if found.rows != found.tokens else ""
+    lines = [f"vocabulary  {found.source}{lead}: {found.tokens:,} tokens{rows}, in {', '.join(found.tensors)}"]
+    kinds = {"own": "its own", "mean": "a mean of those that have them", "zero": "zero", "padding": "padding"}
+    for name, counts in found.models.items():
+        parts = [
+            f"{count:,} {kinds.get(kind) or f'of {kind}'}" for kind, count in sorted(counts.items(), key=_own_first)
+        ]
+        lines.append(f"  {name}: {', '.join(parts)}")
+    return lines
+
+
+def _own_first(item: tuple[str, int]) -> tuple[bool, str]:
+    return item[0] != "own", item[0]
