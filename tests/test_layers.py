@@ -19,7 +19,7 @@ ORDER = [
     {"publish", "report", "evaluate"},
     {"run"},
     {"plan"},
-    {"align"},
+    {"align", "vocabulary"},
     {"recipe", "methods", "family", "checkpoint"},
     {"sandbox"},
     {"errors", "lazy", "redact", "limits"},

@@ -26,6 +26,13 @@ _WANTED = (
     "image_processor_config.json", "video_preprocessor_config.json", "video_processor_config.json",
 )  # fmt: skip
 _TEMPLATES = "additional_chat_templates"
+# Those of them that speak of tokens.
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json", "chat_template.json",
+    "chat_template.jinja", f"{_TEMPLATES}/*",
+)  # fmt: skip
+Files = Mapping[str, Path | bytes]  # by name: where each is copied from, or what it is to hold
 # The dtypes that transformers can build a model in. A config that names another, such as FP8, cannot be loaded.
 _MODEL_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _MAX_NESTING = 8
@@ -66,7 +73,7 @@ class Extras:
     """The files to put beside the weights, by name: where each is copied from, or what it is to hold. `notes` tell what
     of the donor's configurations is left out."""
 
-    files: Mapping[str, Path | bytes]
+    files: Files
     notes: tuple[Problem, ...]
 
     @property
@@ -86,8 +93,11 @@ class Extras:
         return tuple(sorted(self.files))
 
 
-def find_extras(donor: Checkpoint, config: Mapping[str, Any], keep_auto_map: bool = False) -> Extras:
-    """`config` as config.json, unless it is empty, and the donor's tokenizer and similar files.
+def find_extras(
+    donor: Checkpoint, config: Mapping[str, Any], keep_auto_map: bool = False, tokenizer: Files | None = None
+) -> Extras:
+    """`config` as config.json, unless it is empty, and the donor's tokenizer and similar files. The files of
+    `tokenizer`, where it is given, take the place of the donor's tokenizer.
 
     Entries that name code (`auto_map`), unless `keep_auto_map`, and entries that hold a token or a password are left
     out of every configuration. A file with none of these is copied byte for byte. Raises InputError for a file of the
@@ -105,8 +115,17 @@ def find_extras(donor: Checkpoint, config: Mapping[str, Any], keep_auto_map: boo
 
     if config:
         files["config.json"] = _json(clean("config.json", config)[0])
-    sources = {} if donor.folder is None else {name: inside(donor.folder, name) for name in _names(donor.folder)}
+    sources: dict[str, Path | bytes] = {}
+    if donor.folder is not None:
+        sources |= {name: inside(donor.folder, name) for name in _names(donor.folder)}
+    if tokenizer is not None:
+        sources = {name: path for name, path in sources.items() if not _is_tokenizer(name)} | dict(tokenizer)
     for name, path in sources.items():
+        if isinstance(path, bytes):
+            files[name] = path
+            if name.endswith("_config.json"):
+                files[name] = _json(clean(name, json.loads(path))[0])
+            continue
         if not stat.S_ISREG(_mode(path)):
             raise InputError(f"`{path}` is not a regular file", hint=f"remove it, or put the donor's {name} there")
         files[name] = path
@@ -117,10 +136,27 @@ def find_extras(donor: Checkpoint, config: Mapping[str, Any], keep_auto_map: boo
     return Extras(files, tuple(notes_of(donor.location, config.get("model_type"), coded, hidden)))
 
 
-def copy_extras(donor: Checkpoint, to: Path, config: Mapping[str, Any], keep_auto_map: bool = False) -> tuple[str, ...]:
+def copy_extras(
+    donor: Checkpoint,
+    to: Path,
+    config: Mapping[str, Any],
+    keep_auto_map: bool = False,
+    tokenizer: Files | None = None,
+) -> tuple[str, ...]:
     """Finds the files of `find_extras` and writes them into the folder `to`; gives their names, sorted. Raises what the
     two raise; where an InputError is raised, nothing has been written."""
-    return find_extras(donor, config, keep_auto_map).write(to)
+    return find_extras(donor, config, keep_auto_map, tokenizer).write(to)
+
+
+def tokenizer_files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """The files of a checkpoint that make its tokenizer, chat templates included, by name. Raises InputError for a link
+    out of its folder, or a folder that cannot be read."""
+    folder = checkpoint.folder
+    return {} if folder is None else {name: inside(folder, name) for name in _names(folder) if _is_tokenizer(name)}
+
+
+def _is_tokenizer(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for glob in _TOKENIZER)
 
 
 def _json(data: Mapping[str, Any]) -> bytes:

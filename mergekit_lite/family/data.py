@@ -10,6 +10,7 @@ One file describes one family:
                   them in order of preference), count_like (the stack whose count holds where the key is missing)
     tied          pairs of tensors that are one: alias, canonical, and optionally when (a configuration key) with the
                   default of a missing key, one for all or one per model type with `else`
+    vocabulary    optional; the tensors with a row for every token
     experts       optional; where experts stand inside a layer (`mlp.experts.{e}.`)
 
 What lies along the axes of its tensors follows under `sizes`, `spaces`, `axes`, `statistics` and `cases`, all optional:
@@ -34,7 +35,7 @@ from mergekit_lite.family.layout import FileFault, Layout, parse_layout
 _MAX_BYTES = 1 << 20  # of a file that a person wrote
 _MOST_DEPTH = 64
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_OPTIONAL = {"stacks", "prefixes", "tied", "experts", "sizes", "spaces", "axes", "statistics", "cases"}
+_OPTIONAL = {"stacks", "prefixes", "tied", "vocabulary", "experts", "sizes", "spaces", "axes", "statistics", "cases"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ class FamilyData:
     tied: tuple[TieRule, ...]
     experts: tuple[str, ...]
     layout: Layout | None = None
+    vocabulary: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -195,6 +197,7 @@ def parse(raw: Any, file: str) -> FamilyData:
         tied=tuple(_tie(entry, file) for entry in top.get("tied", ())),
         experts=experts,
         layout=parse_layout(top, file),
+        vocabulary=tuple(top.get("vocabulary", ())),
     )
 
 

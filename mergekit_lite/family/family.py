@@ -17,12 +17,14 @@ __all__ = ["Family", "Layer", "Stack", "family_of", "restacked_config"]
 @dataclass(frozen=True)
 class Family:
     """A checkpoint's family, fitted to its names. `tied` holds (alias, canonical) pairs that are one tensor under this
-    configuration, whether or not the checkpoint stores either; `experts` where experts stand inside a layer."""
+    configuration, whether or not the checkpoint stores either; `experts` where experts stand inside a layer;
+    `vocabulary` the tensors that have a row for every token, none where that is not known."""
 
     name: str
     stacks: tuple[Stack, ...]
     tied: tuple[tuple[str, str], ...]
     experts: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] = ()
     _by_prefix: Mapping[str, Stack] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -86,7 +88,9 @@ def family_of(config: Mapping[str, Any], names: Iterable[str]) -> Family:
                 key = next((key for key in keys if lookup(config, key) is not None), keys[0])
                 stacks.append(Stack(rule.name, template, count, key))
         if stacks:
-            return Family(data.name, tuple(stacks), _tied(data, prefix, config, section), data.experts)
+            tied = _tied(data, prefix, config, section)
+            rows = tuple(prefix.fill(name) for name in data.vocabulary)
+            return Family(data.name, tuple(stacks), tied, data.experts, rows)
     return _unknown(config, names)
 
 

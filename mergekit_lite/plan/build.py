@@ -29,6 +29,7 @@ from mergekit_lite.plan.peak import peak_bytes, peak_of
 from mergekit_lite.plan.settings import check_steps, constant, references_of, statistics
 from mergekit_lite.plan.stack import build_stack
 from mergekit_lite.plan.steps import Source, build_step, idle_globs
+from mergekit_lite.plan.vocabulary import Remapped, beside, models_named, remap
 from mergekit_lite.recipe.links import final_step, unused_steps
 from mergekit_lite.recipe.model import Recipe, Ref, Save, Step
 from mergekit_lite.recipe.value import Curve, Value
@@ -111,6 +112,11 @@ def _build(
     views: list[StepView] = []
     warnings: list[Problem] = [*recipe.notes]
     warnings += [note for checkpoint in checkpoints.values() for note in checkpoint.notes]
+    if problems and any(save.tokenizer is not None for save in recipe.saves):
+        raise RecipeError(problems)
+    # Its faults come alone: where tables keep their old rows, every step would find that shapes differ.
+    vocabulary, notes = remap(builder, recipe, checkpoints, tables, merged_models(recipe))
+    warnings += notes
     for step in in_order(recipe, methods):
         found = _step(builder, step, methods, tables, problems)
         if found is not None:
@@ -118,7 +124,7 @@ def _build(
             views.append(_view(step, found))
             warnings += [*_remarks(step, methods[step.use]), *idle_globs(step, found)]
     adapters = _Adapters(builder, recipe, tables, checkpoints, ranks, measure, problems, warnings)
-    outputs = _outputs(recipe, tables, checkpoints, out, check_output, problems, adapters)
+    outputs = _outputs(recipe, tables, checkpoints, out, check_output, vocabulary, problems, adapters)
     if problems:
         raise RecipeError(problems)
     for name in unused_steps(recipe):
@@ -142,6 +148,7 @@ def _build(
         digest=_digest(recipe, outputs, units, pools, alignments, checkpoints, builder.count),
         threads=threads,
         block=block,
+        vocabulary=None if vocabulary is None else vocabulary.view,
         tied=tuple(tied),
         warnings=tuple(dict.fromkeys(warnings)),  # steps that one line makes may have the same to say
         ranks=ranks,
@@ -223,6 +230,12 @@ def saved_name(recipe: Recipe, save: Save) -> str:
 
 def used_models(recipe: Recipe) -> list[str]:
     """The models that the saves need, in the order of the recipe."""
+    named = {*merged_models(recipe), *models_named(recipe)}
+    return [name for name in recipe.models if name in named]
+
+
+def merged_models(recipe: Recipe) -> list[str]:
+    """Those of them whose weights the steps read."""
     methods = all_methods()
     names = {ref.name for step in in_order(recipe, methods) for ref in references_of(step, methods, recipe.steps)}
     names |= {saved_name(recipe, save) for save in recipe.saves}
@@ -265,6 +278,7 @@ def _outputs(
     checkpoints: Mapping[str, Checkpoint],
     out: Path | None,
     check_output: bool,
+    vocabulary: Remapped | None,
     problems: list[Problem],
     adapters: _Adapters,
 ) -> tuple[Output, ...]:
@@ -297,7 +311,11 @@ def _outputs(
         elif not table.nodes:
             problems.append(Problem(f"`{step}` has no tensors", save.mark, "look at its inputs with `merge inspect`"))
         else:
-            outputs.append(build_output(str(place), step, table, save.dtype, save.shard, text))
+            made = build_output(str(place), step, table, save.dtype, save.shard, text)
+            try:
+                outputs.append(beside(made, save, recipe, checkpoints, vocabulary))
+            except RecipeError as fault:
+                problems += fault.problems
     problems += check_pushes(recipe.saves)
     if check_output:
         problems += check_places(places, checkpoints)

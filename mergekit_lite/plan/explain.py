@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from mergekit_lite.checkpoint.meta import Checkpoint
 from mergekit_lite.plan.estimate import seconds
 from mergekit_lite.plan.model import Node, Output, OutTensor, Plan, StepView
 from mergekit_lite.plan.streaming import bytes_fetched
+from mergekit_lite.plan.vocabulary import vocabulary
 from mergekit_lite.plan.words import about, count, shape, size
 from mergekit_lite.recipe.write import located
 
@@ -28,6 +30,8 @@ def summary(plan: Plan, threads: int) -> list[str]:
         f"cpu, {count(threads, 'thread')}, {_blocks(plan)}{about(seconds(plan, threads))}",
     ]
     lines.append("  " + " · ".join(costs))
+    if plan.vocabulary is not None:
+        lines += vocabulary(plan.vocabulary)
     for output in plan.outputs:
         lines.append(f"{output.to}  from {output.step}")
         files = [(s.file, size(s.nbytes), count(len(s.tensors), "tensor")) for s in output.shards]
@@ -202,6 +206,7 @@ def as_json(plan: Plan, threads: int) -> dict[str, Any]:
         "block": plan.block,
         "seconds": round(seconds(plan, threads), 1),
         "units": len(plan.units),
+        "vocabulary": None if plan.vocabulary is None else asdict(plan.vocabulary),
         "outputs": [_output(output, models) for output in plan.outputs],
         "warnings": [problem.as_json() for problem in plan.warnings],
     }

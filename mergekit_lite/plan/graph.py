@@ -10,8 +10,10 @@ from mergekit_lite.checkpoint.meta import TensorMeta
 from mergekit_lite.family.family import Family
 from mergekit_lite.methods.permute import permuted
 from mergekit_lite.methods.random import Keys
+from mergekit_lite.methods.remap import remapped
 from mergekit_lite.methods.spec import Call, Method, Reach, Slot
 from mergekit_lite.plan.model import Alignment, Node
+from mergekit_lite.vocabulary.rows import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,22 @@ class Builder:
                 inputs=tuple(inputs),
                 params=place,
                 pool=alignment,
+                reach="row",
+            )
+        return known
+
+    def remap(self, inputs: Sequence[Node], rows: Rows, own: int | None) -> Node:
+        """The node whose rows are those of `inputs` that `rows` tells; `own` is the number of the model's own."""
+        identity = ("remap", rows, own, tuple(node.id for node in inputs))
+        known = self._known.get(identity)
+        if known is None:
+            known = self._known[identity] = Node(
+                id=len(self._known),
+                shape=(len(rows), *inputs[0].shape[1:]),
+                step="",
+                method=remapped,
+                inputs=tuple(inputs),
+                params=(("rows", rows), ("own", own)),
                 reach="row",
             )
         return known

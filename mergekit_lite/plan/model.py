@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mergekit_lite.checkpoint.meta import Checkpoint, TensorMeta
@@ -101,7 +102,8 @@ class OutShard:
 @dataclass(frozen=True, slots=True)
 class Output:
     """One `save`: a folder of shards with the configuration files of `donor`, or an adapter, whose configuration
-    `adapter` is. Of an adapter's tensors those of a module lie together and are one tensor here."""
+    `adapter` is. Of an adapter's tensors those of a module lie together and are one tensor here. `tokenizer`, where it
+    is given, holds the files that take the place of the donor's tokenizer, by name."""
 
     to: str
     step: str
@@ -110,6 +112,7 @@ class Output:
     config: Mapping[str, Any]
     donor: str
     adapter: Mapping[str, Any] | None = None
+    tokenizer: Mapping[str, Path | bytes] | None = None
 
     @property
     def tensors(self) -> tuple[OutTensor, ...]:
@@ -131,6 +134,23 @@ class Unit:
     stop: int
     targets: tuple[tuple[int, OutTensor], ...]
     nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The vocabulary that all models are brought to before they are merged.
+
+    `source` is `base`, `union` or the model that the tokenizer is of, `lead` the model whose ids stay, `tokens` and
+    `rows` how many the output has. `models` tells of each model how many rows come from where: `own`, another model's
+    name, `mean`, `zero`, `padding`. `tensors` have a row for every token.
+    """
+
+    source: str
+    lead: str
+    tokens: int
+    rows: int
+    models: Mapping[str, Mapping[str, int]]
+    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +205,7 @@ class Plan:
     threads: int
     block: int
     memory: Memory | None = None
+    vocabulary: Vocabulary | None = None
     tied: tuple[tuple[TensorMeta, TensorMeta], ...] = ()
     warnings: tuple[Problem, ...] = field(default=())
     ranks: Mapping[int, Mapping[str, int]] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from mergekit_lite.recipe.push import BRANCH, MOST_MESSAGE
 from mergekit_lite.recipe.read import COMPUTE, NAME
 from mergekit_lite.recipe.save import DTYPES, SHORT_DTYPES, UNITS
 from mergekit_lite.recipe.step import MISSING
+from mergekit_lite.recipe.tokenizer import TEMPLATES
 
 Schema = dict[str, Any]
 TEXT: Schema = {"type": "string", "pattern": r"\S"}
@@ -244,6 +245,11 @@ def _save() -> Schema:
                 ],
             },
             "push": _push(),
+            "tokenizer": _tokenizer(),
+            "chat_template": {
+                "anyOf": [TEXT, {"type": "null"}],
+                "description": f"{', '.join(TEMPLATES)}, a model, or a template's text.",
+            },
             "as": {"const": "lora", "description": "Save an adapter of `base`, as peft loads it, not a model."},
             "base": {**REFERENCE, "description": "The model that the adapter is for."},
             "rank": {
@@ -290,3 +296,49 @@ def _push() -> Schema:
         "additionalProperties": False,
         "not": {"properties": {"pr": {"const": True}}, "required": ["branch", "pr"]},
     }
+
+
+def _tokenizer() -> Schema:
+    """The vocabulary that a save asks for, in its short and its long form."""
+    source: Schema = {"anyOf": [TEXT, {"type": "null"}], "description": "base, union, or a model."}
+    model_token: Schema = {
+        "type": "object",
+        "properties": {
+            "kind": {"const": "model_token"},
+            "model": REFERENCE,
+            "token": {"type": "string"},
+            "token_id": {"type": "integer"},
+        },
+        "required": ["kind", "model"],
+        "oneOf": [{"required": ["token"]}, {"required": ["token_id"]}],
+        "additionalProperties": False,
+    }
+    zero: Schema = {
+        "type": "object",
+        "properties": {"kind": {"const": "zero"}},
+        "required": ["kind"],
+        "additionalProperties": False,
+    }
+    row: Schema = {
+        "type": "object",
+        "properties": {
+            "source": {"anyOf": [REFERENCE, model_token, zero, {"type": "null"}]},
+            "force": {"type": "boolean", "description": "Also for models that have the token."},
+        },
+        "additionalProperties": False,
+    }
+    block: Schema = {
+        "type": "object",
+        "properties": {
+            "source": source,
+            "tokens": {
+                "type": ["object", "null"],
+                "additionalProperties": row,
+                "description": "Where rows of single tokens come from.",
+            },
+            "pad_to_multiple_of": {"type": ["integer", "null"], "minimum": 1, "maximum": 1 << 20},
+            "base": {**REFERENCE, "description": "The model whose rows others take for tokens that they lack."},
+        },
+        "additionalProperties": False,
+    }
+    return {"description": "The output's vocabulary.", "anyOf": [source, block]}

@@ -86,21 +86,6 @@ class Push:
 
 
 @dataclass(frozen=True, slots=True)
-class Save:
-    """One output folder. `step` None means: the only step that no other uses. `to` None means: `--out` gives it.
-    `dtype` None keeps the stored dtypes. `shard` is the most bytes of tensors in one file. With `lora` an adapter is
-    saved, not a model. `push` None publishes nothing."""
-
-    step: Ref | None
-    to: str | None
-    dtype: str | None
-    shard: int
-    mark: Mark
-    lora: AsLora | None = None
-    push: Push | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class TokenRow:
     """Where the embedding row of one token comes from: `kind` is `default` (the usual fallbacks), `model` (that model's
     row of the same token), `model_token` (another token of that model, by `token` or `token_id`) or `zero`. `force`
@@ -117,14 +102,32 @@ class TokenRow:
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
     """What the output's tokenizer shall be. `source` is `base`, `union`, the model whose tokenizer is taken, or None:
-    the files of the model that gives the configuration. `chat_template` is `auto`, a template's name or its text, None:
-    the one in these files."""
+    the files of the model that gives the configuration, and no tensor changes. `chat_template` is `auto`, the model
+    whose template is taken, a template's name or its text, None: the one in these files. `base` is the model whose rows
+    are taken for tokens that another lacks, None: that of the saved step."""
 
     source: str | Ref | None
     mark: Mark
     tokens: Mapping[str, TokenRow] = field(default_factory=dict)
     pad_to_multiple_of: int | None = None
-    chat_template: str | None = None
+    chat_template: str | Ref | None = None
+    base: Ref | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """One output folder. `step` None means: the only step that no other uses. `to` None means: `--out` gives it.
+    `dtype` None keeps the stored dtypes. `shard` is the most bytes of tensors in one file. With `lora` an adapter is
+    saved, not a model. `push` None publishes nothing, `tokenizer` None leaves the vocabulary as it is."""
+
+    step: Ref | None
+    to: str | None
+    dtype: str | None
+    shard: int
+    mark: Mark
+    lora: AsLora | None = None
+    push: Push | None = None
+    tokenizer: Tokenizer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,5 +146,4 @@ class Recipe:
     compute: str = "float32"
     overrides: tuple[str, ...] = ()
     lock: Mapping[str, Any] | None = None
-    tokenizer: Tokenizer | None = None
     notes: tuple[Problem, ...] = ()

@@ -11,7 +11,7 @@ import yaml
 
 from mergekit_lite.recipe.links import final_step
 from mergekit_lite.recipe.lora import SVDS
-from mergekit_lite.recipe.model import AsLora, Input, Model, Recipe, Save, Step
+from mergekit_lite.recipe.model import AsLora, Input, Model, Recipe, Ref, Save, Step, Tokenizer, TokenRow
 from mergekit_lite.recipe.node import FLOAT, INTEGER, WORD
 from mergekit_lite.recipe.read import split_location
 from mergekit_lite.recipe.save import DEFAULT_SHARD, UNITS
@@ -149,7 +149,7 @@ def _save(save: Save) -> dict[str, Any]:
         keys = {"private": save.push.private, "branch": save.push.branch, "message": save.push.message}
         given = {key: value for key, value in keys.items() if value is not None}
         data["push"] = {"repo": save.push.repo, **given, **({"pr": True} if save.push.pr else {})}
-    return data
+    return data | ({} if save.tokenizer is None else _tokenizer(save.tokenizer))
 
 
 def _lora(lora: AsLora) -> dict[str, Any]:
@@ -163,6 +163,39 @@ def _lora(lora: AsLora) -> dict[str, Any]:
     if lora.targets:
         data["targets"] = list(lora.targets)
     return data
+
+
+def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The keys `tokenizer` and `chat_template` of a save."""
+    data: dict[str, Any] = {}
+    if tokenizer.source is not None:
+        block: dict[str, Any] = {"source": _named(tokenizer.source)}
+        if tokenizer.tokens:
+            block["tokens"] = {token: _token(row) for token, row in tokenizer.tokens.items()}
+        if tokenizer.pad_to_multiple_of is not None:
+            block["pad_to_multiple_of"] = tokenizer.pad_to_multiple_of
+        if tokenizer.base is not None:
+            block["base"] = tokenizer.base.name
+        data["tokenizer"] = block if len(block) > 1 else block["source"]
+    if tokenizer.chat_template is not None:
+        data["chat_template"] = _named(tokenizer.chat_template)
+    return data
+
+
+def _token(row: TokenRow) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    if row.kind == "zero":
+        data["source"] = {"kind": "zero"}
+    elif row.kind == "model_token":
+        which = {"token_id": row.token_id} if row.token is None else {"token": row.token}
+        data["source"] = {"kind": "model_token", "model": row.model.name if row.model else None, **which}
+    elif row.model is not None:
+        data["source"] = row.model.name
+    return data | ({"force": True} if row.force else {})
+
+
+def _named(value: str | Ref) -> str:
+    return value.name if isinstance(value, Ref) else value
 
 
 def _value(value: Value) -> Any:

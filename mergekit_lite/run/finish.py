@@ -129,7 +129,10 @@ def notes_on(plan: Plan, keep_auto_map: bool) -> tuple[Problem, ...]:
     """What of the inputs' configurations the outputs will lack. Raises InputError where a file that goes beside the
     weights is at fault: the run is to say so before it starts."""
     models = [output for output in plan.outputs if output.adapter is None]
-    found = [find_extras(plan.checkpoints[output.donor], output.config, keep_auto_map).notes for output in models]
+    found = [
+        find_extras(plan.checkpoints[output.donor], output.config, keep_auto_map, output.tokenizer).notes
+        for output in models
+    ]
     return tuple(dict.fromkeys(note for notes in found for note in notes))
 
 
@@ -141,7 +144,7 @@ def _extras(plan: Plan, output: Output, keep_auto_map: bool) -> list[str]:
         _write(folder / RECIPE, plan.recipe.text)
         return [ADAPTER, RECIPE]
     config = output_config(output.config, _main_dtype(output))
-    names = [*copy_extras(plan.checkpoints[output.donor], folder, config, keep_auto_map)]
+    names = [*copy_extras(plan.checkpoints[output.donor], folder, config, keep_auto_map, output.tokenizer)]
     if output.index is not None:
         _write(folder / INDEX, json.dumps(output.index, indent=2) + "\n")
         names.append(INDEX)

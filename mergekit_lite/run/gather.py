@@ -1,17 +1,22 @@
-"""Rows in another order: a tensor whose units were permuted is read where its rows lie, block by block."""
+"""Rows in another order: a tensor whose units were permuted, or whose vocabulary is another, is read where its rows
+lie, block by block."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mergekit_lite.align.apply import Order
 from mergekit_lite.lazy import Tensor, torch
+from mergekit_lite.vocabulary.rows import MEAN, PAD, Rows
 
+PART = 1 << 16  # elements whose rows are added up at once for the mean of all
 SMALL = 1 << 18  # elements of a tensor that is rather read whole and kept than row by row
 
 
@@ -78,3 +83,89 @@ class Gather:
         for axis, order in self._others.items():
             tensor = tensor.index_select(axis, order)
         return tensor
+
+
+class Remap:
+    """Blocks of a tensor of another vocabulary: rows of several tensors of `width` elements each, as `rows` tells.
+
+    `reads` give the elements [start, stop) of these tensors, flat; where `sizes` has a number of elements for one, it
+    can be read whole only. Padding is the mean of all other rows, added up in double precision in their order. For one
+    thread.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        rows: Rows,
+        reads: Sequence[Callable[[int, int], Tensor]],
+        sizes: Sequence[int | None],
+    ):
+        self._width, self._rows, self._reads, self._sizes = width, rows, reads, sizes
+        self._kept: dict[int, Tensor] = {}
+        self._padding: Tensor | None = None
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Elements [start, stop), whole rows, flat, in memory of their own."""
+        top, bottom = start // self._width, stop // self._width
+        out = self._filled(top, bottom)
+        padding = np.flatnonzero(self._rows.source[top:bottom] == PAD)
+        if len(padding):
+            out[torch.from_numpy(padding).to(out.device)] = self._mean().to(out.dtype)
+        return out.reshape(-1)
+
+    def _filled(self, top: int, bottom: int) -> Tensor:
+        """The rows from `top` to `bottom`, zeros where there is padding."""
+        source, row = self._rows.source[top:bottom], self._rows.row[top:bottom]
+        out: Tensor | None = None
+        for number in range(len(self._reads)):
+            out = self._put(out, bottom - top, number, np.flatnonzero(source == number), row, add=False)
+        means = self._rows.mean
+        places = np.flatnonzero(source == MEAN)
+        if means is not None and len(places):
+            for number, rows in enumerate(means):
+                there = rows[top:bottom]
+                out = self._put(out, bottom - top, number, places[there[places] >= 0], there, add=True)
+            assert out is not None
+            at = torch.from_numpy(places).to(out.device)
+            counts = torch.from_numpy((means[:, top:bottom][:, places] >= 0).sum(axis=0)).to(out.device, out.dtype)
+            out[at] /= counts.unsqueeze(1)
+        if out is None:  # of no row is it known where and how it is computed
+            out = self._reads[0](0, 0 if self._sizes[0] is None else self._sizes[0])
+            out = out.new_zeros(bottom - top, self._width)
+        return out
+
+    def _put(
+        self, out: Tensor | None, count: int, number: int, places: NDArray[Any], rows: NDArray[Any], add: bool
+    ) -> Tensor | None:
+        """Rows of tensor `number` at `places`, from where `rows` says; what lies together is read together."""
+        if not len(places):
+            return out
+        places = places[np.argsort(rows[places], kind="stable")]
+        wanted = rows[places].astype(np.int64)
+        cuts = [0, *(np.flatnonzero(np.diff(wanted) != 1) + 1).tolist(), len(wanted)]
+        for i, j in itertools.pairwise(cuts):
+            part = self._read(number, int(wanted[i]), int(wanted[i]) + j - i)
+            if out is None:
+                out = part.new_zeros(count, self._width)
+            at = torch.from_numpy(places[i:j]).to(out.device)
+            out[at] = out[at] + part if add else part
+        return out
+
+    def _read(self, number: int, top: int, bottom: int) -> Tensor:
+        size = self._sizes[number]
+        if size is None:
+            return self._reads[number](top * self._width, bottom * self._width).view(-1, self._width)
+        if number not in self._kept:
+            self._kept[number] = self._reads[number](0, size).view(-1, self._width)
+        return self._kept[number][top:bottom]
+
+    def _mean(self) -> Tensor:
+        if self._padding is None:
+            total: Tensor | None = None
+            step = max(1, PART // self._width)  # the same in every run, since the sum depends on it
+            for top in range(0, len(self._rows), step):
+                part = self._filled(top, min(top + step, len(self._rows))).double().sum(dim=0)
+                total = part if total is None else total + part
+            assert total is not None
+            self._padding = total / max(1, int((self._rows.source != PAD).sum()))
+        return self._padding

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from mergekit_lite.plan.model import Node
 from mergekit_lite.plan.order import beside, row_length, walk
 from mergekit_lite.plan.words import count
 from mergekit_lite.run.copy import ByteSource
-from mergekit_lite.run.gather import Gather
+from mergekit_lite.run.gather import Gather, Remap
 
 Stats = dict[int, Any]  # node id -> what its measure found for this tensor
 
@@ -80,7 +81,7 @@ class _Operation:
     shapes: tuple[tuple[int, ...], ...] = ()  # of the inputs, for a matrix method
     length: int = 0  # of a row, for a row method
     beside: tuple[_Beside, ...] = ()
-    gather: Gather | None = None
+    gather: Gather | Remap | None = None
     spent: list[int] = field(default_factory=list)
 
 
@@ -181,7 +182,17 @@ class Program:
         operation.inputs = tuple(place[below.id] for below in inputs)
         return operation
 
-    def _gather(self, node: Node) -> Gather:
+    def _gather(self, node: Node) -> Gather | Remap:
+        place = dict(node.params)
+        if "rows" in place:
+            # What other models give is watched over where it is their own.
+            watches = [self._watch if number == place["own"] else None for number in range(len(node.inputs))]
+            programs = [
+                Program([below], self._loader, self._stats, watch, self._step)
+                for below, watch in zip(node.inputs, watches, strict=True)
+            ]
+            sizes = [below.numel if p.whole else None for below, p in zip(node.inputs, programs, strict=True)]
+            return Remap(math.prod(node.shape[1:]), place["rows"], [_reading(program) for program in programs], sizes)
         taken = self._stats[node.id]
         below = node.inputs[taken.source]
         program = Program([below], self._loader, self._stats, self._watch, self._step)
@@ -209,6 +220,10 @@ class Program:
     def _watch_first(self, meta: TensorMeta, values: Tensor) -> None:
         if self._first and self._watch is not None:
             self._watch(meta, values)
+
+
+def _reading(program: Program) -> Callable[[int, int], Tensor]:
+    return lambda start, stop: program.run(start, stop)[0]
 
 
 def _nothing(node: Node, done: int, total: int) -> None:

@@ -248,8 +248,10 @@ def _check_room(plan: Plan) -> None:
     for output in plan.outputs:
         parent = next(p for p in Path(output.to).resolve().parents if p.exists())
         device = os.stat(parent).st_dev
-        beside = find_extras(plan.checkpoints[output.donor], output.config).nbytes  # a tokenizer's file may be large
-        needed[device] = needed.get(device, 0) + output.nbytes + beside
+        needed[device] = needed.get(device, 0) + output.nbytes
+        if output.adapter is None:  # a tokenizer's file may be large
+            donor = plan.checkpoints[output.donor]
+            needed[device] += find_extras(donor, output.config, tokenizer=output.tokenizer).nbytes
         place[device] = parent
     for device, nbytes in needed.items():
         free = free_bytes(place[device])

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from mergekit_models import BASE, MODELS, merged
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from tokenizers import Tokenizer
+from tokenizers import models as kinds
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
 from mergekit_lite.cli.app import execute
 
@@ -43,6 +45,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     for key, value in model.named_parameters():
                         value.copy_(start[key] + 0.02 * torch.randn(value.shape))
             model.save_pretrained(folder / family / name)
+            words = [f"w{number}" for number in range(SIZES["vocab_size"] - 4)]
+            tokens = ["<s>", "</s>", *words, "<|turn|>", "fox" if name == "b" else "<|end|>"]
+            made = Tokenizer(kinds.BPE({token: number for number, token in enumerate(tokens)}, []))
+            fast = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+            fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+            fast.save_pretrained(folder / family / name)
     return folder
 
 

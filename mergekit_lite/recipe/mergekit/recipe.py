@@ -18,7 +18,7 @@ from mergekit_lite.recipe.mergekit.language import TABLE
 from mergekit_lite.recipe.mergekit.merge import MergeReader
 from mergekit_lite.recipe.mergekit.parameter import Span
 from mergekit_lite.recipe.mergekit.reference import Key, Reference
-from mergekit_lite.recipe.mergekit.vocabulary import read_tokenizer, unsupported
+from mergekit_lite.recipe.mergekit.vocabulary import differing, read_tokenizer, same_wish
 from mergekit_lite.recipe.model import Input, Model, Recipe, Ref, Save, Step, Tokenizer
 from mergekit_lite.recipe.node import Node
 from mergekit_lite.recipe.save import DEFAULT_SHARD
@@ -40,7 +40,7 @@ def read_mergekit(
         return None
     final = maker.make(documents)
     mark = documents[0].root.mark if final is None else final.mark
-    save = Save(None, None, None if final is None else final.dtype, DEFAULT_SHARD, mark)
+    save = Save(None, None, None if final is None else final.dtype, DEFAULT_SHARD, mark, tokenizer=maker.tokenizer)
     return Recipe(
         models=maker.models,
         steps=maker.steps,
@@ -49,7 +49,6 @@ def read_mergekit(
         file=file,
         text=text,
         overrides=overrides,
-        tokenizer=maker.tokenizer,
         notes=tuple(maker.notes),
     )
 
@@ -126,11 +125,12 @@ class _Maker:
         self.finish(name, document, [part for part in parts if part is not None], base)
 
     def vocabulary(self, document: Document, base: Ref | None) -> None:
-        tokenizer = read_tokenizer(document.root, self.ref, self.problems)
-        if tokenizer is not None:
-            self.problems += unsupported(tokenizer, base)
-        if document.name is None or self.tokenizer is None:
-            self.tokenizer = tokenizer
+        tokenizer = read_tokenizer(document.root, self.ref, base, self.problems)
+        if tokenizer is None:
+            return
+        if self.tokenizer is not None and not same_wish(tokenizer, self.tokenizer):
+            self.problems.append(differing(tokenizer.mark))
+        self.tokenizer = tokenizer
 
     def part(self, slice_: Slice, number: int, document: Document, reader: MergeReader) -> _Part | None:
         """The merged layers of one slice, and what stands outside the layers in it. None where it is at fault."""
