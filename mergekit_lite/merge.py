@@ -305,7 +305,7 @@ def run(
             journal.absorb()
             errors = errors_of(plan, findings.figures)
             lock = partial(lock_text, plan, inputs, shards, errors=errors)
-            complete(plan, lock, solved, keep_auto_map, _card(plan))
+            complete(plan, lock, solved, keep_auto_map, _card)
     return Result(
         outputs=tuple(output.to for output in plan.outputs),
         shards=shards,
@@ -325,17 +325,13 @@ def run(
     )
 
 
-def _card(plan: Plan) -> Callable[[Path, str, int], str]:
-    """What writes the model card of an output that lies in a folder, of which the text of its lock tells."""
+def _card(folder: Path, lock: str, number: int) -> str:
+    """The model card of the output in `folder`, number `number` of those that the text of its lock tells of."""
+    from mergekit_lite.publish.card import render
 
-    def text(folder: Path, lock: str, number: int) -> str:
-        from mergekit_lite.publish.card import render
-
-        recipe, _ = parse(lock, "recipe.lock.yaml")
-        assert recipe is not None
-        return render(folder, recipe, number, Path(plan.outputs[number].to).name)
-
-    return text
+    recipe, _ = parse(lock, "recipe.lock.yaml")
+    assert recipe is not None
+    return render(folder, recipe, number)
 
 
 def merge_in_memory(

@@ -40,18 +40,17 @@ _CONFIG = 16 * 2**20  # bytes
 _HUB = "https://huggingface.co"
 
 
-def render(
-    folder: Path, recipe: Recipe, number: int, title: str, *, ask: Ask | None = None, repo: str | None = None
-) -> str:
+def render(folder: Path, recipe: Recipe, number: int, *, ask: Ask | None = None, repo: str | None = None) -> str:
     """The card of the output in `folder`, which is number `number` of those that the lock `recipe` tells of.
 
-    `title` is its heading. `ask` gives the metadata of the cards of parents on the Hub; without it their licences are
-    said to be looked up when the card is pushed. `repo` is where it is pushed to. Raises InputError where a shard's
-    header or config.json cannot be read.
+    `ask` gives the metadata of the cards of parents on the Hub; without it their licences are said to be looked up when
+    the card is pushed. `repo` is where it is pushed to; without it nothing in the card tells where the output lies.
+    Raises InputError where a shard's header or config.json cannot be read.
     """
     lock = recipe.lock or {}
     said = lock["outputs"][number]
     line = lineage(recipe, recipe.saves[number], ask)
+    title = line.title if repo is None else repo.partition("/")[2]
     tensors = [
         meta for file in said["shards"] for meta in read_header(inside(folder, file["file"]), file["file"]).tensors
     ]
@@ -63,7 +62,7 @@ def render(
         _about(line, methods),
         "## Recipe",
         fenced("yaml", redact(_recipe(recipe, number, line))),
-        fenced("mermaid", _drawing(line, title, nbytes)),
+        fenced("mermaid", _drawing(line, "output" if repo is None else title, nbytes)),
         "## Parents",
         table(["parent", "version", "licence"], [_row(parent, ask is not None) for parent in line.parents]),
         "## Licence",

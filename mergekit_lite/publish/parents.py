@@ -13,10 +13,11 @@ import yaml
 
 from mergekit_lite.checkpoint.hub import is_hub_id
 from mergekit_lite.checkpoint.inside import inside, read_bytes
-from mergekit_lite.errors import InputError
+from mergekit_lite.errors import InputError, printable
+from mergekit_lite.plan.words import few
 from mergekit_lite.recipe.links import final_step, mentions, references
 from mergekit_lite.recipe.model import Model, Recipe, Save, Step
-from mergekit_lite.redact import cleaned
+from mergekit_lite.redact import cleaned, redact
 from mergekit_lite.run.finish import CARD
 
 Card = Mapping[str, Any]
@@ -50,6 +51,13 @@ class Lineage:
     steps: tuple[Step, ...]
     parents: tuple[Parent, ...]
     shown: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """`Merge of org/a, b by ties`: the heading of a card, and a commit's message where none is given."""
+        methods = list(dict.fromkeys(step.use for step in self.steps))
+        by = f" by {few(methods)}" if methods else ""
+        return printable(redact(f"Merge of {few(parent.shown for parent in self.parents)}{by}".replace("`", "")))
 
 
 def lineage(recipe: Recipe, save: Save, ask: Ask | None) -> Lineage:

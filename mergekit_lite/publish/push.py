@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lite import redact, sandbox
 from mergekit_lite.checkpoint.extras import is_read_with_a_model
 from mergekit_lite.checkpoint.hub import is_hub_id
-from mergekit_lite.errors import InputError, MergeError, StoppedError, UsageError, printable
+from mergekit_lite.errors import InputError, MergeError, StoppedError, UsageError
 from mergekit_lite.plan.lock import NAME as LOCK
 from mergekit_lite.plan.words import few
 from mergekit_lite.publish import card
@@ -90,15 +90,6 @@ def push(folder: Path, recipe: Recipe, number: int, to: Push) -> Pushed:
         raise explained(error, to.repo) from error
 
 
-def default_message(recipe: Recipe, number: int) -> str:
-    """`Merge of org/a, b by ties`."""
-    line = lineage(recipe, recipe.saves[number], None)
-    methods = list(dict.fromkeys(step.use for step in line.steps))
-    by = f" by {few(methods)}" if methods else ""
-    named = f"Merge of {few(parent.shown for parent in line.parents)}{by}"
-    return printable(redact.redact(named.replace("`", "")))
-
-
 class _Push:
     def __init__(self, api: HfApi, folder: Path, recipe: Recipe, number: int, to: Push):
         self.api, self.folder, self.recipe, self.number, self.to = api, folder, recipe, number, to
@@ -113,9 +104,7 @@ class _Push:
             patiently(lambda: self.api.create_branch(self.to.repo, branch=self.branch, exist_ok=True))
         head = str(patiently(lambda: self.api.repo_info(self.to.repo, revision=self.branch)).sha)
         there = self._tree(head)
-        text = card.render(
-            self.folder, self.recipe, self.number, self.to.repo.partition("/")[2], ask=self._ask, repo=self.to.repo
-        )
+        text = card.render(self.folder, self.recipe, self.number, ask=self._ask, repo=self.to.repo)
         files = self._files(text, head, there)
         removed = self._stale(head, there)
         self._check_foreign(there, removed)
@@ -234,7 +223,7 @@ class _Push:
                 lambda: self.api.create_commit(
                     to.repo,
                     operations,
-                    commit_message=to.message or default_message(self.recipe, self.number),
+                    commit_message=to.message or lineage(self.recipe, self.recipe.saves[self.number], None).title,
                     revision=self.branch,
                     create_pr=to.pr,
                     parent_commit=head,
