@@ -36,7 +36,7 @@ with, as measured on {date} with {versions}, Python {python}, {system}. The tabl
 python tests/faults/peer.py --mergekit PATH/mergekit-yaml --models DIR --write docs/reliability_mergekit.md
 ```
 
-The models are Llamas of two layers in bfloat16 (4.6 MB each); where nothing else is said the merge is `linear` of two
+The models are Llamas of two layers in bfloat16 (4.2 MB each); where nothing else is said the merge is `linear` of two
 of them, and under faults of the machine `--out-shard-size 2M` makes three shards of it. "As undisturbed" and "same
 bytes" compare SHA-256 of the shards with those of a run without a fault; "again" is the same command into the same
 folder without the fault; `from_pretrained` is that of transformers. `N×` says how many of the tries ended so. Runs have
