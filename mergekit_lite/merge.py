@@ -8,10 +8,7 @@ run           Plan -> shards on disk                 run/
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,42 +19,17 @@ from mergekit_lite.checkpoint.meta import Checkpoint
 from mergekit_lite.errors import MergeError, Problem, RecipeError
 from mergekit_lite.recipe.model import Recipe
 from mergekit_lite.recipe.read import parse, read_file
+from mergekit_lite.run.result import Result as Result
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_lite.plan.model import Plan
-    from mergekit_lite.run.execute import Progress
+    from mergekit_lite.run.progress import Progress
     from mergekit_lite.run.ranks import Ranks
 
 
 Fetch = Literal["cache", "stream"]
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a run did. `shards` gives the BLAKE3 digest of every shard by output folder and file name; `nonfinite` (in
-    the inputs), `output_nonfinite` and `overflow` count numbers by tensor; `changed` names the shards whose bytes
-    differ from the recipe's lock; `alignments` gives figures of the orders of units that were found, by step; `notes`
-    tell what of the inputs' configurations the outputs lack. `errors` gives, by output folder of an adapter and module,
-    the norm of the change and the norm of what the factors leave of it. `plan` is what was carried out, with all ranks
-    of adapters known. `bytes_fetched` counts what this process read from the Hub by ranges."""
-
-    outputs: tuple[str, ...]
-    shards: Mapping[str, Mapping[str, str]]
-    seconds: float
-    bytes_read: int
-    bytes_written: int
-    resumed: int
-    nonfinite: Mapping[str, int]
-    overflow: Mapping[str, int]
-    changed: tuple[str, ...] = ()
-    alignments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    notes: tuple[Problem, ...] = ()
-    output_nonfinite: Mapping[str, int] = field(default_factory=dict)
-    errors: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
-    plan: Plan | None = None
-    bytes_fetched: int = 0
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -208,120 +180,26 @@ def run(
     Ctrl-C.
     """
     from mergekit_lite.plan.budget import check_budget
-    from mergekit_lite.plan.lock import changed_inputs, changed_outputs, errors_of, lock_text, unchecked_inputs
     from mergekit_lite.plan.order import BLOCK
-    from mergekit_lite.run.digest import Digests, file_digests
-    from mergekit_lite.run.execute import Findings, Options, execute
-    from mergekit_lite.run.finish import (
-        check_inputs,
-        collect,
-        complete,
-        input_files,
-        notes_on,
-        shard_digests,
-        wanted_parts,
-    )
-    from mergekit_lite.run.found import recall, remember
-    from mergekit_lite.run.inputs import beside_fetched, inputs_of, locked_digests, stated_digests
-    from mergekit_lite.run.peers import LAST, Peers
-    from mergekit_lite.run.ranks import ALONE, divide
-    from mergekit_lite.run.remembered import Remembered
-    from mergekit_lite.run.spectra import with_ranks
-    from mergekit_lite.run.start import check_tied, interruptible, open_together
+    from mergekit_lite.run.perform import perform
+    from mergekit_lite.run.ranks import ALONE
 
-    began = time.perf_counter()
     ranks = ranks or ALONE
     count = threads or max(1, default_threads() // len(ranks.here))
     if plan.memory is not None:
         check_budget(plan, threads, block, device)
         count, block = min(count, plan.threads), block or plan.block
-    plan = with_ranks(plan, Options(count, block or BLOCK, strict, device, progress))
-    if not ranks.number:
-        plan = beside_fetched(plan)
-    files = input_files(plan)
-    shares = divide(plan, files, ranks.count)
-    share = shares[ranks.number]
-    mine = [str(files[number]) for number in share.inputs]
-    stated = stated_digests(plan)
-    remembered = Remembered(path for path in mine if path not in stated)
-    # Digests that need not be formed beside the merge. What a lock says is held against the bytes themselves.
-    known = {**(remembered.known if plan.recipe.lock is None else {}), **stated}
-
-    notes: list[Problem] = []
-    orders: dict[str, Any] = {}  # of units, as earlier runs have found them
-
-    def check() -> None:
-        if device != "cpu":
-            from mergekit_lite.run.device import find_device
-
-            find_device(device)
-        reader.check()
-        if ranks.number:
-            return
-        notes.extend(notes_on(plan, keep_auto_map))
-        if plan.recipe.lock is not None:
-            known.update(file_digests((file for file in files if str(file) not in stated), count))
-            locked = locked_digests(plan.recipe.lock, plan.checkpoints)
-            problems = changed_inputs(plan.recipe.lock, plan.checkpoints, {**known, **locked})
-            if problems:
-                raise RecipeError(problems)
-            notes.extend(unchecked_inputs(plan.recipe.lock, plan.checkpoints, known))
-        check_tied(plan, reader)
-        if ranks.count == 1 and plan.alignments:
-            orders.update(recall(plan, known, lambda paths: file_digests(map(Path, paths), count)))
-
-    with (
-        interruptible(plan),
-        inputs_of(plan, count) as reader,
-        open_together(plan, resume, ranks, check) as (sink, journal, done, name),
-        Digests(wanted_parts(share.units, wanted := set(mine) - set(known)), wanted) as digests,
-        Peers(plan, ranks, journal, done.units.keys() - {unit.id for unit in share.units}, name) as peers,
-    ):
-
-        def tell(now: Progress) -> None:
-            digests.advance(now.read)
-            progress(peers.widen(now))
-
-        ours = done.among(unit.id for unit in share.units)
-        ours = replace(ours, pools={**orders, **ours.pools})
-        options = Options(count, block or BLOCK, strict, device, tell, peers.check, reader.abort)
-        findings = execute(replace(plan, units=share.units), reader, sink, journal, ours, options)
-        sink.sync()
-        solved = findings.alignments
-        merged = peers.exchange("merged", findings.as_json(), lambda: peers.again(progress))
-        written = shard_digests(plan, share.shards, count)
-        read = {**known, **digests.result(count)}
-        check_inputs(reader, read, count)  # so that the lock speaks of the files that were merged
-        remembered.keep(read)
-        if ranks.count == 1:
-            remember(plan, solved, read)
-        digested = [[read[path] for path in mine], written]
-        if ranks.number:
-            peers.leave(digested)
-            inputs, shards = collect(plan, [share], [digested])
-        else:
-            inputs, shards = collect(plan, shares, peers.exchange(LAST, digested))
-            findings = Findings.sum(merged)
-            journal.absorb()
-            errors = errors_of(plan, findings.figures)
-            lock = partial(lock_text, plan, inputs, shards, errors=errors)
-            complete(plan, lock, solved, keep_auto_map, _card)
-    return Result(
-        outputs=tuple(output.to for output in plan.outputs),
-        shards=shards,
-        seconds=time.perf_counter() - began,
-        bytes_read=findings.bytes_read,
-        bytes_written=plan.bytes_written,
-        resumed=findings.resumed,
-        nonfinite=findings.nonfinite,
-        overflow=findings.overflow,
-        changed=tuple(changed_outputs(plan.recipe, shards)),
-        alignments={name: found.figures for name, found in solved.items()},
-        notes=tuple(notes),
-        output_nonfinite=findings.output_nonfinite,
-        errors=errors_of(plan, findings.figures),
-        plan=plan,
-        bytes_fetched=reader.fetched,
+    return perform(
+        plan,
+        ranks,
+        threads=count,
+        block=block or BLOCK,
+        resume=resume,
+        strict=strict,
+        device=device,
+        keep_auto_map=keep_auto_map,
+        progress=progress,
+        card=_card,
     )
 
 
@@ -347,30 +225,7 @@ def merge_in_memory(
     `models` gives a state dict for every model that the recipe uses, whatever location it names; `config` is a
     config.json that tells the family, where layer depth or tied tensors matter. Same arithmetic, same bytes as `run`.
     """
-    from mergekit_lite.checkpoint.memory import MemoryReader, memory_checkpoint
-    from mergekit_lite.plan.build import build_plan, used_models
     from mergekit_lite.plan.order import BLOCK
-    from mergekit_lite.run.execute import Options, execute
-    from mergekit_lite.run.journal import Done
-    from mergekit_lite.run.sink import Memory
+    from mergekit_lite.run.in_memory import in_memory
 
-    if len(recipe.saves) != 1:
-        raise RecipeError(Problem("in memory a recipe has one `save`", None, "keep one of them"))
-    if recipe.saves[0].lora is not None:
-        raise RecipeError(Problem("an adapter is not made in memory", recipe.saves[0].mark, "use `run`"))
-    with_adapters = [recipe.models[name] for name in used_models(recipe) if recipe.models[name].adapter is not None]
-    if with_adapters:
-        hint = "fold it in first, with peft's `merge_and_unload()`, and give that model's state dict"
-        raise RecipeError([Problem(f"`{m.name}` has an adapter, not in memory", m.mark, hint) for m in with_adapters])
-    missing = [name for name in used_models(recipe) if name not in models]
-    if missing:
-        marks = [recipe.models[name].mark for name in missing]
-        raise RecipeError(
-            [Problem(f"no state dict is given for `{n}`", m) for n, m in zip(missing, marks, strict=True)]
-        )
-    checkpoints = {name: memory_checkpoint(name, models[name], config or {}) for name in used_models(recipe)}
-    made = build_plan(recipe, checkpoints, threads=threads or 1, check_output=False, out=Path("memory"))
-    sink = Memory(made.outputs)
-    options = Options(threads or default_threads(), block or BLOCK)
-    execute(made, MemoryReader(models), sink, None, Done(), options)
-    return sink.tensors[0]
+    return in_memory(recipe, models, config or {}, threads or default_threads(), block or BLOCK)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from mergekit_lite import Result, load_recipe, plan, run
-from mergekit_lite.run.execute import Progress
+from mergekit_lite.run.progress import Progress
 from tests.conftest import ROOT, Demo
 
 RECIPES = sorted(

@@ -51,7 +51,7 @@ from mergekit_lite import load_recipe, merge_in_memory, plan, run
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.cli.app import execute
 from mergekit_lite.plan.order import walk
-from mergekit_lite.run.execute import Progress
+from mergekit_lite.run.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests" / folder) for folder in ("cli", "recipe")]

@@ -19,7 +19,7 @@ from mergekit_lite.errors import InterruptedRun, MergeError, Problem, printable
 if TYPE_CHECKING:
     from mergekit_lite.merge import Result
     from mergekit_lite.plan.model import Plan
-    from mergekit_lite.run.execute import Progress
+    from mergekit_lite.run.progress import Progress
     from mergekit_lite.run.ranks import Ranks
 
 SHOWN = 5  # tensors that a warning names before it only counts

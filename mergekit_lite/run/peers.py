@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from mergekit_lite.errors import InterruptedRun, MergeError, StoppedError
 from mergekit_lite.plan.model import Plan
-from mergekit_lite.run.execute import Progress, written
 from mergekit_lite.run.journal import Journal, is_held, path_of
+from mergekit_lite.run.progress import Progress, written
 from mergekit_lite.run.ranks import OtherRank, Ranks, message_of
 from mergekit_lite.run.sink import partial
 

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from mergekit_lite.errors import InterruptedRun, MergeError, StoppedError, UsageError
 from mergekit_lite.plan.model import Plan, Unit
 from mergekit_lite.plan.order import load_bytes
-from mergekit_lite.run.execute import written
+from mergekit_lite.run.progress import written
 
 T = TypeVar("T")
 # What launchers call the number of processes and the number of this one; accelerate reads the same.

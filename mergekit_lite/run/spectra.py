@@ -11,8 +11,9 @@ from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.plan.build import build_plan
 from mergekit_lite.plan.lowrank import needs_ranks
 from mergekit_lite.plan.model import Plan
-from mergekit_lite.run.execute import Options, Progress, execute
+from mergekit_lite.run.execute import execute
 from mergekit_lite.run.journal import Done
+from mergekit_lite.run.progress import Options, Progress
 from mergekit_lite.run.sink import Memory
 
 

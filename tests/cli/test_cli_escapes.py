@@ -296,7 +296,7 @@ def test_a_terminal_gets_no_sequence_but_ours(words: tuple[str, ...], place: Pat
 
 def test_the_progress_of_a_run_is_tame() -> None:
     from mergekit_lite.cli.run import detail_of, label
-    from mergekit_lite.run.execute import Progress
+    from mergekit_lite.run.progress import Progress
 
     fields = dict.fromkeys(Progress.__dataclass_fields__, 1) | {"within": None, "label": EVIL, "step": EVIL}
     for phase in ("merge", "measure", "align"):

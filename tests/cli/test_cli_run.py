@@ -14,7 +14,7 @@ from cli_process import Ran
 from safetensors.torch import load_file, save_file
 
 from mergekit_lite.cli.run import detail_of, label, passes
-from mergekit_lite.run.execute import Progress
+from mergekit_lite.run.progress import Progress
 
 Merge = Callable[..., Ran]
 SOUP = """\
