@@ -99,6 +99,10 @@ def plan(
         checkpoints = open_models(
             recipe, used_models(recipe), offline or box is not None, allow_pickle, fetch == "stream"
         )
+        if any(save.tokenizer is not None for save in recipe.saves):
+            from mergekit_lite.run.inputs import with_beside
+
+            checkpoints = {name: with_beside(checkpoint) for name, checkpoint in checkpoints.items()}
         made = build_plan(
             recipe,
             checkpoints,

@@ -82,10 +82,16 @@ def lineage(recipe: Recipe, save: Save, ask: Ask | None) -> Lineage:
             shown[location] = location if hub else _folder_name(location, model.name, {*taken, *shown.values()})
             listed = digests.get(model.name) or [] if model.adapter is None else []
             card = _local(location) if not hub else ask(location, commit) if ask is not None else None
-            files = {str(file["file"]): str(file["blake3"]) for file in listed}
+            files = {str(file["file"]): _digest(file) for file in listed}
             card = None if card is None else cleaned(card)[0]
             parents[location, commit] = Parent(model.name, shown[location], hub, commit, files, card)
     return Lineage(last, models, steps, tuple(parents.values()), shown)
+
+
+def _digest(file: Mapping[str, Any]) -> str:
+    """The digest of an input in a lock: BLAKE3, or what the Hub said of a file that was read by ranges."""
+    kind = next((kind for kind in ("blake3", "sha256", "git") if kind in file), None)
+    return "" if kind is None else str(file[kind]) if kind == "blake3" else f"{kind}:{file[kind]}"
 
 
 def _leading(recipe: Recipe, last: str) -> set[str]:

@@ -32,14 +32,17 @@ def inputs_of(plan: Plan, threads: int) -> Reader | Inputs:
 def beside_fetched(plan: Plan) -> Plan:
     """`plan` with all files that outputs take over beside the weights in the Hub's cache: a plan needs config.json
     alone. Raises InputError."""
-    donors = {output.donor for output in plan.outputs}
-    fetched = {}
-    for name in donors:
-        checkpoint = plan.checkpoints[name]
-        if checkpoint.thin and checkpoint.revision is not None:
-            folder = fetch_beside(checkpoint.location, checkpoint.revision)
-            fetched[name] = replace(checkpoint, folder=folder, thin=False)
-    return replace(plan, checkpoints={**plan.checkpoints, **fetched}) if fetched else plan
+    donors = dict.fromkeys(output.donor for output in plan.outputs)
+    fetched = {name: with_beside(plan.checkpoints[name]) for name in donors}
+    return replace(plan, checkpoints={**plan.checkpoints, **fetched})
+
+
+def with_beside(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint` with all that stands beside its weights in the Hub's cache, where only its headers were looked at.
+    Raises InputError."""
+    if not checkpoint.thin or checkpoint.revision is None:
+        return checkpoint
+    return replace(checkpoint, folder=fetch_beside(checkpoint.location, checkpoint.revision), thin=False)
 
 
 def stated_digests(plan: Plan) -> dict[str, str]:

@@ -471,3 +471,31 @@ def test_the_source_gives_any_range(models: Hub, here: Path) -> None:
                 return data[meta.start + start : meta.start + stop] == buffer  # type: ignore[attr-defined]
 
             assert all(pool.map(one, wanted))
+
+
+def test_tokenizers_are_fetched_where_vocabularies_are_united(hub: Hub, here: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    def trained(text: str) -> bytes:
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        made.train_from_iterator([text], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+        return made.to_str().encode()
+
+    texts = {"math": "sum sums summand product products " * 9, "code": "class classes method methods module " * 9}
+    for name, text in texts.items():
+        hub.add(f"org/{name}", FILES[name] | {"tokenizer.json": trained(text)})
+    Path("union.yaml").write_text(
+        "version: 1\nmodels: {math: org/math, code: org/code}\nsteps: {m: {use: linear, of: [math, code]}}\n"
+        "save: {to: out, tokenizer: union}\n"
+    )
+    found = []
+    for fetch in ("stream", "cache"):
+        plan = mergekit_lite.plan(mergekit_lite.load_recipe("union.yaml"), out=f"out/{fetch}", fetch=fetch)
+        found.append((digests(mergekit_lite.run(plan)), (Path("out") / fetch / "tokenizer.json").read_bytes()))
+    assert found[0] == found[1]
+    united = [found[0][1], *map(trained, texts.values())]
+    words, *parents = (json.loads(text)["model"]["vocab"].keys() for text in united)
+    assert words == parents[0] | parents[1] != parents[0]
