@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +14,21 @@ from mergekit_lite.family.family import Family, family_of
 from mergekit_lite.methods.registry import all_methods
 from mergekit_lite.methods.spec import Method
 from mergekit_lite.plan.adapter import adapted
-from mergekit_lite.plan.check import check_places, check_pushes
+from mergekit_lite.plan.digest import plan_digest
 from mergekit_lite.plan.graph import Builder, Table
-from mergekit_lite.plan.layout import build_output
-from mergekit_lite.plan.lock import pinned
-from mergekit_lite.plan.lowrank import Ranks, adapter_output, fault_of, measured_output, parts_of
-from mergekit_lite.plan.model import Alignment, Node, Output, Plan, StepView, Unit
-from mergekit_lite.plan.order import BLOCK, GRAIN, bytes_read, input_bytes, make_units, walk
+from mergekit_lite.plan.lowrank import Ranks
+from mergekit_lite.plan.model import Alignment, Node, Plan, StepView, Unit
+from mergekit_lite.plan.order import BLOCK, bytes_read, input_bytes, make_units, walk
+from mergekit_lite.plan.outputs import Adapters, make_outputs, saved_name
 from mergekit_lite.plan.peak import peak_bytes, peak_of
 from mergekit_lite.plan.settings import check_steps, constant, references_of, statistics
 from mergekit_lite.plan.stack import build_stack
 from mergekit_lite.plan.steps import Source, build_step, idle_globs
-from mergekit_lite.plan.vocabulary import Remapped, beside, models_named, remap
-from mergekit_lite.recipe.links import final_step, unused_steps
-from mergekit_lite.recipe.model import Recipe, Ref, Save, Step
+from mergekit_lite.plan.vocabulary import models_named, remap
+from mergekit_lite.recipe.links import unused_steps
+from mergekit_lite.recipe.model import Recipe, Ref, Step
 from mergekit_lite.recipe.value import Curve, Value
-from mergekit_lite.recipe.write import to_yaml
 
-# Part of the digest: a change of a kernel, a statistic or the random masks that changes bytes raises it.
-ARITHMETIC = 2
 # What the names of 8-bit weights are followed by in those of their scales.
 SCALES = ("_scale", "_scale_inv")
 
@@ -123,8 +115,8 @@ def _build(
             tables[step.name] = found
             views.append(_view(step, found))
             warnings += [*_remarks(step, methods[step.use]), *idle_globs(step, found)]
-    adapters = _Adapters(builder, recipe, tables, checkpoints, ranks, measure, problems, warnings)
-    outputs = _outputs(recipe, tables, checkpoints, out, check_output, vocabulary, problems, adapters)
+    adapters = Adapters(builder, recipe, tables, checkpoints, ranks, measure, problems, warnings)
+    outputs = make_outputs(recipe, tables, checkpoints, out, check_output, vocabulary, problems, adapters)
     if problems:
         raise RecipeError(problems)
     for name in unused_steps(recipe):
@@ -145,7 +137,7 @@ def _build(
         bytes_input=input_bytes(units),
         bytes_written=sum(output.nbytes for output in outputs),
         peak_bytes=peak_bytes(peak_of(units, pools, alignments, block, size), threads),
-        digest=_digest(recipe, outputs, units, pools, alignments, checkpoints, builder.count),
+        digest=plan_digest(recipe, outputs, units, pools, alignments, checkpoints, builder.count),
         threads=threads,
         block=block,
         vocabulary=None if vocabulary is None else vocabulary.view,
@@ -223,11 +215,6 @@ def in_order(recipe: Recipe, methods: Mapping[str, Method]) -> list[Step]:
     return list(ordered.values())
 
 
-def saved_name(recipe: Recipe, save: Save) -> str:
-    """The step or model that a save writes."""
-    return save.step.name if save.step else final_step(recipe)
-
-
 def used_models(recipe: Recipe) -> list[str]:
     """The models that the saves need, in the order of the recipe."""
     named = {*merged_models(recipe), *models_named(recipe)}
@@ -272,92 +259,6 @@ def _step(
     return None if found else table
 
 
-def _outputs(
-    recipe: Recipe,
-    tables: Mapping[str, Table],
-    checkpoints: Mapping[str, Checkpoint],
-    out: Path | None,
-    check_output: bool,
-    vocabulary: Remapped | None,
-    problems: list[Problem],
-    adapters: _Adapters,
-) -> tuple[Output, ...]:
-    outputs: list[Output] = []
-    places = []
-    for number, save in enumerate(recipe.saves):
-        if adapters.measure not in (None, number):
-            continue
-        step = saved_name(recipe, save)
-        place = out if out is not None else Path(os.path.expanduser(save.to)) if save.to is not None else None
-        if place is None:
-            problems.append(Problem("no output folder is named", save.mark, "give `to` under `save`, or `--out DIR`"))
-            continue
-        places.append((save, place))
-        table = tables.get(step)
-        if table is None:
-            continue
-        # Folder and repository stay out of the shards: the same merge gives the same bytes wherever it is put. Commits
-        # go in: a lock, which names them, gives the same bytes again.
-        saved = replace(save, step=Ref(step, save.mark), to=None, push=None)
-        text = to_yaml(replace(pinned(recipe, checkpoints), saves=(saved,)))
-        if save.lora is not None:
-            outputs += adapters.output(str(place), number, save, step, table, text)
-        elif table.space != "weight":
-            hint = "add it to its base first: `use: add`, or save it as an adapter: `as: lora`"
-            problems.append(Problem(f"`{step}` is a delta, not a model to save", save.mark, hint))
-        elif table.quantized and save.dtype is not None:
-            hint = "leave out `dtype`: the tensors are copied as they are"
-            problems.append(Problem(f"`{step}` is quantised: its numbers are codes", save.mark, hint))
-        elif not table.nodes:
-            problems.append(Problem(f"`{step}` has no tensors", save.mark, "look at its inputs with `merge inspect`"))
-        else:
-            made = build_output(str(place), step, table, save.dtype, save.shard, text)
-            try:
-                outputs.append(beside(made, save, recipe, checkpoints, vocabulary))
-            except RecipeError as fault:
-                problems += fault.problems
-    problems += check_pushes(recipe.saves)
-    if check_output:
-        problems += check_places(places, checkpoints)
-    return tuple(outputs)
-
-
-@dataclass(frozen=True, slots=True)
-class _Adapters:
-    """Makes the outputs of saves as adapters."""
-
-    builder: Builder
-    recipe: Recipe
-    tables: Mapping[str, Table]
-    checkpoints: Mapping[str, Checkpoint]
-    ranks: Mapping[int, Ranks]
-    measure: int | None
-    problems: list[Problem]
-    warnings: list[Problem]
-
-    def output(self, to: str, number: int, save: Save, step: str, table: Table, text: str) -> list[Output]:
-        """The output, in a list; none where something is at fault."""
-        assert save.lora is not None
-        name = save.lora.base.name
-        base = self.tables.get(name)
-        if base is None:
-            return []
-        for what, is_base in ((base, True), (table, False)):
-            fault = fault_of(what, name if is_base else step, save.lora.base.mark if is_base else save.mark, is_base)
-            if fault is not None:
-                self.problems.append(fault)
-                return []
-        before = len(self.problems)
-        parts, remarks = parts_of(self.builder, save, step, table, base, self.problems)
-        if len(self.problems) > before:
-            return []
-        self.warnings.extend(remarks)
-        if self.measure is not None:
-            return [measured_output(self.builder, save, step, parts, base)]
-        ranks = self.ranks.get(number)
-        return [adapter_output(self.builder, to, save, step, parts, base, self.checkpoints.get(name), ranks, text)]
-
-
 def _remarks(step: Step, method: Method) -> list[Problem]:
     """Warnings about settings that are the same for all tensors."""
     params = constant(step, method)
@@ -382,63 +283,3 @@ def _shown(value: Value) -> str:
     if len(value.rules) == 1 and value.rules[0].glob is None:
         return one(value.rules[0].value)
     return ", ".join(f"{rule.glob or 'else'}: {one(rule.value)}" for rule in value.rules)
-
-
-def _digest(
-    recipe: Recipe,
-    outputs: Sequence[Output],
-    units: Sequence[Unit],
-    pools: Mapping[str, Sequence[Node]],
-    alignments: Mapping[str, Alignment],
-    checkpoints: Mapping[str, Checkpoint],
-    nodes: int,
-) -> str:
-    """SHA-256 over all that decides the bytes: how each tensor is computed, from what, and where it goes. `nodes` is
-    how many there are."""
-    # What is hashed is the `repr` of tuples of names, settings and numbers, made of parts that many nodes share.
-    files = {
-        file.path: f"(({file.nbytes!r}, {file.header_sha256!r}, " for c in checkpoints.values() for file in c.shards
-    }
-    digest = hashlib.sha256(json.dumps([ARITHMETIC, GRAIN, recipe.compute]).encode())
-    uses: dict[Any, tuple[str, str]] = {}  # by method, pool and the id of settings that many nodes share
-    place = [-1] * nodes  # by id: where a node comes in what is hashed
-    count = 0
-    walks = {unit.targets[0][1].node.id: unit.nodes for unit in units if len(unit.targets) == 1}
-    pooled = [node for members in pools.values() for node in members]
-    looked_at = [node for alignment in alignments.values() for node in alignment.nodes]
-    shape: tuple[int, ...] | None = None
-    shown = ""
-    for root in (*(t.node for o in outputs for t in o.tensors), *pooled, *looked_at):
-        if place[root.id] >= 0:
-            continue
-        texts: list[str] = []
-        for node in walks.get(root.id) or walk([root]):
-            if place[node.id] >= 0:
-                continue
-            place[node.id] = count
-            count += 1
-            if node.shape is not shape:
-                shape = node.shape
-                shown = repr(shape)
-            load, method = node.load, node.method
-            if load is not None:
-                texts.append(f"{files.get(load.file, '((')}{load.name!r}, {load.dtype!r}), {shown})")
-            elif method is not None:
-                use = uses.get((method.name, node.pool, id(node.params)))
-                if use is None:
-                    use = f"(({method.name!r}, {repr(node.params)!r}, ", f", {node.pool!r}, "
-                    uses[method.name, node.pool, id(node.params)] = use
-                below = tuple([place[n.id] for n in node.inputs])
-                texts.append(f"{use[0]}{below!r}, {node.key}{use[1]}{node.pool_index}), {shown})")
-        digest.update("".join(texts).encode())
-    for output in outputs:
-        for shard in output.shards:
-            digest.update(repr((shard.file, [(t.start, place[t.node.id]) for t in shard.tensors])).encode())
-            digest.update(shard.header)
-    for pool, members in pools.items():
-        digest.update(repr((pool, [place[node.id] for node in members])).encode())
-    for name, alignment in alignments.items():
-        spaces = [space for space in alignment.spaces if space.kind in alignment.kinds]
-        what = (name, alignment.use, alignment.params, alignment.digest, spaces)
-        digest.update(repr((what, [place[node.id] for node in alignment.nodes])).encode())
-    return digest.hexdigest()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lite.plan.build import ARITHMETIC
+from mergekit_lite.plan.digest import ARITHMETIC
 from mergekit_lite.plan.model import Alignment, Plan
 from mergekit_lite.plan.order import walk
 from mergekit_lite.run.remembered import cache_folder
