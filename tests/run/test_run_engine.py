@@ -141,7 +141,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 ) -> None:
     whole = digests(merged(write_recipe(tmp_path / "r.yaml", half_models, STEPS["ties"], tmp_path / "whole")))
     made = plan(load_recipe(write_recipe(tmp_path / "r.yaml", half_models, STEPS["ties"], tmp_path / "out")), threads=1)
-    monkeypatch.setattr(execute, "JOURNAL_SECONDS", 0.0)
+    monkeypatch.setattr(execute, "SAFE_SECONDS", 0.0)
 
     class Unplugged(Exception):
         pass
