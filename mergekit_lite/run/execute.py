@@ -75,7 +75,9 @@ def execute(
             return run.go()
     with no_collection():  # torch's import makes as many objects
         from mergekit_lite.run.compute import computing
+        from mergekit_lite.run.threads import one_thread_here
 
+    run.prepare = one_thread_here
     with computing(plan, run.source, options.block, options.strict, run.check, options.device) as computer:
         run.computer = run.measures = computer
         return run.go()
@@ -93,6 +95,7 @@ class _Run:
         )
         self.stop = threading.Event()
         self.todo = [unit for unit in plan.units if unit.id not in done.units]
+        self.prepare: Callable[[], None] | None = None  # called by each thread before its first unit
         self.computer: Computer | PlainSums | None = None
         self.measures: Computer | None = None
         self.admission = Admission(plan, self.check)
@@ -111,7 +114,7 @@ class _Run:
 
     def go(self) -> Findings:
         try:
-            with ThreadPoolExecutor(self.options.threads, "merge") as threads:
+            with ThreadPoolExecutor(self.options.threads, "merge", self.prepare) as threads:
                 try:
                     if self.measures is not None and (self.plan.pools or self.plan.alignments):
                         self._pools(threads, self.measures)

@@ -25,6 +25,12 @@ def one_thread_per_operation() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def one_thread_here() -> None:
+    """The same for a thread that works: MKL and OpenMP ask each thread anew, and take all cores where it has not said
+    otherwise, so that the last bits of a decomposition would depend on how many there are."""
+    torch.set_num_threads(1)
+
+
 def return_freed_memory() -> None:
     """Give the system what glibc has kept of freed blocks, of all threads."""
     if sys.platform == "linux":

@@ -97,7 +97,7 @@ def _converted(folder: Path, slow: str) -> bytes:
         message = f"`{folder}` has a {slow} and no {TOKENIZER}; transformers, which could convert it, is not installed"
         raise InputError(message, hint=f"`pip install transformers`, or {hint}") from None
     try:
-        made = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        made = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         text: str = made.backend_tokenizer.to_str()
     except Exception as fault:
         message = f"`{folder}` has a {slow} and no {TOKENIZER}, and transformers cannot convert it: {_short(fault)}"

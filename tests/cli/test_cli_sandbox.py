@@ -246,7 +246,7 @@ def test_a_link_planted_in_an_unfinished_output(
         raise StoppedError("stopped on purpose")
 
     with monkeypatch.context() as patch:
-        patch.setattr(import_module("mergekit_lite.run.finish"), "complete", stop)
+        patch.setattr(import_module("mergekit_lite.run.perform"), "complete", stop)
         assert merge("run", "ties.yaml", "--sandbox", ".").code == 5
     victim = box.parent / "outside" / "secret.yaml"
     before = digest(box.parent / "outside")

@@ -118,7 +118,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         branches,
         messages,
     )
-    saves = [Save(draw(refs), to, draw(dtypes), draw(shards), NOWHERE, draw(pushes)) for to in places]
+    saves = [Save(draw(refs), to, draw(dtypes), draw(shards), NOWHERE, push=draw(pushes)) for to in places]
     saves = saves or [Save(draw(refs), None, None, 5 * 10**9, NOWHERE)]
     used = {ref.name for step in steps.values() for ref in (*(i.ref for i in step.of), step.base, step.rest) if ref}
     used |= {str(step.params["like"].rules[0].value) for step in steps.values() if "like" in step.params}

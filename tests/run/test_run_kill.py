@@ -20,7 +20,7 @@ from recipes_for_runs import write_recipe as write_small_recipe
 
 from mergekit_lite import InterruptedRun, RecipeError, StoppedError, load_recipe, plan, run
 from mergekit_lite.plan.model import Plan
-from mergekit_lite.run import execute, finish, journal, sink, start
+from mergekit_lite.run import execute, finish, journal, perform, sink, start
 from mergekit_lite.run.journal import Journal
 from tests.faults import kill
 from tests.faults.kill import STEPS, Whole, digests, partial, units
@@ -173,14 +173,14 @@ def test_a_torn_journal(stopped: Path, remains: Path) -> None:
 @pytest.mark.parametrize(
     "where",
     [
-        (start, "check_tied"),
+        (perform, "check_tied"),
         (start, "_make_folder"),
         (sink.Files, "create"),
         (Journal, "begin"),
         (Journal, "pool"),
         (Journal, "unit"),
         (Journal, "safe"),
-        (finish, "shard_digests"),
+        (perform, "shard_digests"),
         (finish, "copy_extras"),
         (os, "rename"),
     ],

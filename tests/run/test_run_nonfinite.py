@@ -146,7 +146,7 @@ def test_without_torch_and_with_two_threads_they_are_the_same(tmp_path: Path) ->
 
 def test_a_resumed_run_tells_what_was_found_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts of finished units stand in the journal; a journal of an earlier version has none for outputs."""
-    from mergekit_lite.run import finish
+    from mergekit_lite.run import perform
 
     tensors = {"a": spoilt(spoilt=3e38, sound=float("nan")), "b": spoilt(spoilt=3e38)}
     made = recipe(tmp_path, "m: {use: linear, of: [a, b], with: {normalize: false}}", tensors)
@@ -155,7 +155,7 @@ def test_a_resumed_run_tells_what_was_found_before(tmp_path: Path, monkeypatch: 
         raise StoppedError("stop")
 
     with monkeypatch.context() as patch:
-        patch.setattr(finish, "shard_digests", stop)
+        patch.setattr(perform, "shard_digests", stop)
         with pytest.raises(StoppedError):
             merged(made)
     journal = tmp_path / "out.partial/journal.jsonl"
