@@ -18,7 +18,7 @@ from blake3 import blake3
 from mergekit_lite.checkpoint.header import read_header
 from mergekit_lite.checkpoint.inside import inside, read_object
 from mergekit_lite.checkpoint.meta import DTYPE_NAMES, TensorMeta
-from mergekit_lite.errors import InputError, printable
+from mergekit_lite.errors import printable
 from mergekit_lite.plan.explain import flowchart
 from mergekit_lite.plan.lock import NAME as LOCK
 from mergekit_lite.plan.model import StepView
@@ -115,10 +115,9 @@ def _metadata(folder: Path, line: Lineage, methods: Sequence[str], outcome: lice
 
 
 def _is_of_transformers(folder: Path) -> bool:
-    try:
-        return isinstance(read_object(inside(folder, "config.json"), _CONFIG).get("model_type"), str)
-    except InputError:
+    if not (folder / "config.json").exists():
         return False
+    return isinstance(read_object(inside(folder, "config.json"), _CONFIG).get("model_type"), str)
 
 
 def _about(line: Lineage, methods: Sequence[str]) -> str:
