@@ -14,8 +14,8 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
 
+from mergekit_lite.checkpoint.closing import Closing
 from mergekit_lite.checkpoint.meta import ShardFile, TensorMeta
 from mergekit_lite.errors import InputError, StoppedError
 from mergekit_lite.lazy import torch
@@ -41,7 +41,7 @@ class _OpenFile:
     users: int = 0
 
 
-class Reader:
+class Reader(Closing):
     """Reads from the given shards, each of which must be what it was when its header was read.
 
     Keeps at most `max_open` files open, more only while as many threads read at once. Use it as a context manager.
@@ -54,14 +54,6 @@ class Reader:
         self._lock = threading.Lock()
         self._ctimes: dict[str, tuple[int, int]] = {}  # as first and as last seen
         self._closed = False
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes every file that no thread is reading; the others are closed when their read ends."""

@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
+from mergekit_lite.checkpoint.closing import Closing
 from mergekit_lite.checkpoint.header import Header, header_of, header_text, text_digest
 from mergekit_lite.checkpoint.meta import Remote, ShardFile, TensorMeta
 from mergekit_lite.checkpoint.ranges import RangeFile
@@ -66,7 +66,7 @@ class _Beginning:
         return part
 
 
-class RemoteReader:
+class RemoteReader(Closing):
     """Reads from files on the Hub. `threads` read at once, each from up to `streams` places in turn. `spool` bytes of
     the folder `beside` hold what does not fit into memory. A context manager; the interface is that of Reader."""
 
@@ -82,14 +82,6 @@ class RemoteReader:
         self._ahead = ThreadPoolExecutor(threads, "ahead")
         self._spool: _Spool | None = None
         self._spool_bytes, self._beside = (spool if beside is not None else 0), beside
-
-    def __enter__(self) -> RemoteReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Ends what is being fetched, and lets go of all that was."""
@@ -245,21 +237,13 @@ class _Spool:
                 self._most = 0
 
 
-class Inputs:
+class Inputs(Closing):
     """All files of a plan, whether they lie on this disk or on the Hub. A context manager; the interface is that of
     Reader."""
 
     def __init__(self, local: Reader, remote: RemoteReader):
         self._local, self._remote = local, remote
         self._far = set(remote._files)
-
-    def __enter__(self) -> Inputs:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self._local.close()

@@ -9,8 +9,8 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
+from mergekit_lite.checkpoint.closing import Closing
 from mergekit_lite.checkpoint.header import MAX_HEADER_BYTES, PREFIX_BYTES
 from mergekit_lite.checkpoint.meta import DTYPE_BITS
 from mergekit_lite.errors import RecipeError, StoppedError
@@ -57,7 +57,7 @@ def free_bytes(path: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
-class ShardFileWriter:
+class ShardFileWriter(Closing):
     """One output file of a size known beforehand. Threads may write to it at once. A context manager.
 
     Every failure of the operating system is a StoppedError, since what is written so far is kept. Files are opened for
@@ -114,14 +114,6 @@ class ShardFileWriter:
                 hint="it is not this run's file, or it is damaged: remove the unfinished folder and start over",
             )
         return cls(path, fd, nbytes)
-
-    def __enter__(self) -> ShardFileWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def write(self, offset: int, buffer: memoryview | bytes) -> None:
         """Writes all of `buffer` at `offset`, which must lie inside the planned size."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.registry import method
@@ -77,7 +77,7 @@ def needed(xs: Sequence[Tensor], rank: int, energy: float, svd: str, transposed:
     return delta.new_full((1,), max(1, min(count, rank)))
 
 
-def _shape(rank: int):  # type: ignore[no-untyped-def]
+def _shape(rank: int) -> Callable[[Sequence[tuple[int, ...]]], tuple[int, ...]]:
     return lambda shapes: (rank * (shapes[0][0] + math.prod(shapes[0][1:])) + FIGURES,)
 
 

@@ -81,8 +81,8 @@ class Layer:
         if shutil.which("cc") is None:
             raise NoCompiler("there is no C compiler `cc`")
         self.folder = folder
-        self.library = folder / "preload.so"
-        made = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", str(self.library), str(SOURCE), "-ldl"]
+        self.shared_object = folder / "preload.so"
+        made = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", str(self.shared_object), str(SOURCE), "-ldl"]
         subprocess.run([*made, "-pthread"], check=True)
 
     def environ(self, rules: str, log: Path | None = None, **more: str) -> dict[str, str]:
@@ -90,7 +90,7 @@ class Layer:
         return os.environ | {
             "PYTHONPATH": str(ROOT),
             "NO_COLOR": "1",
-            "LD_PRELOAD": str(self.library),
+            "LD_PRELOAD": str(self.shared_object),
             "FAULTS": rules,
             "FAULTS_LOG": "" if log is None else str(log),
             **more,

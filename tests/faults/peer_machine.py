@@ -152,7 +152,7 @@ class Peer:
         kept = {key: text for key, text in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
         return kept | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.folder / "hf"), "NO_COLOR": "1",
                        "OMP_NUM_THREADS": "1",
-                       "LD_PRELOAD": str(self.layer.library), "FAULTS": "", "FAULTS_LOG": ""} | more  # fmt: skip
+                       "LD_PRELOAD": str(self.layer.shared_object), "FAULTS": "", "FAULTS_LOG": ""} | more  # fmt: skip
 
     def order(self, what: dict[str, Any]) -> Any:
         assert self.server.stdin is not None and self.server.stdout is not None
