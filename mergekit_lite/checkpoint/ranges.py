@@ -150,11 +150,10 @@ class RangeFile:
     def _check_answer(self, url: str, response: Any, start: int, stop: int) -> None:
         """Whether these are the bytes that were asked for. Keeps the address if they are."""
         status, headers = response.status_code, response.headers
-        known = self._address == url
         if status in STATUSES:
             raise _Passing(f"the Hub answered {status}", told_wait(headers))
-        if status in _CLOSED and known:
-            raise _Passing(f"its address answered {status}", moved=True)  # signed for some time only
+        if status in _CLOSED and url != self._first():  # signed for some time only, which may be over already
+            raise _Passing(f"its address answered {status}", moved=True)
         if status == 416:
             raise self._changed()
         if status >= 400:

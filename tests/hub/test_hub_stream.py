@@ -178,6 +178,15 @@ def test_signed_addresses_expire(models: Hub, here: Path) -> None:
     assert digests(result) == digests(merged("linear", "cache", "near"))
 
 
+def test_an_address_may_be_over_before_it_is_asked(models: Hub, here: Path) -> None:
+    """Every second answer of the large files' store is a 403, to addresses just given out and to older ones."""
+    models.faults[:] = [Fault("/objects/", status=403, times=1, after=after) for after in range(0, 40, 2)]
+    streamed = merged("linear", "stream", "far")
+    assert sum(request.status == 403 for request in models.log) > 4
+    models.faults.clear()
+    assert digests(streamed) == digests(merged("linear", "cache", "near"))
+
+
 @pytest.mark.parametrize(
     "fault, says",
     [
