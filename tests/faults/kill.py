@@ -313,6 +313,9 @@ def main() -> int:
         count["resumed"] += killed.resumed
         count[killed.stage] += 1
         count[f"{ranks} ranks"] += 1
+        if done % 10 == 0:
+            differ = sum(one["differ"] for one in seen.values())
+            print(f"{done} of {given.times} runs killed, {differ} differ", file=sys.stderr, flush=True)
     for name, count in seen.items():
         print(
             f"{name}: {count['runs']} runs ({count['2 ranks']} of two processes) killed {count['kills']} times "
