@@ -2,10 +2,10 @@
 
     python tests/faults/memory.py --models DIR --budgets 300MB,500MB,1GB --recipes ties,tsv_m
 
-DIR is made and filled with four models of about 70 million parameters where it does not exist; recipes and outputs go
-beside them and outputs are removed. Prints a row for each recipe and budget, and for each refusal one more with the
-figure that it names. Leaves with 1 where a run had more than its budget, failed, or made other bytes than without
-one.
+DIR is made and filled with four models of about 70 million parameters where it does not exist, or of 1.1 billion with
+`--large`; recipes and outputs go beside them and outputs are removed. Prints a row for each recipe and budget, and for
+each refusal one more with the figure that it names. Leaves with 1 where a run had more than its budget, failed, or made
+other bytes than without one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,14 @@ STEPS: Mapping[str, str] = {
     "iso_c": f"m: {{use: iso_c, {TUNED}}}",
     "wudi": f"m: {{use: wudi, {TUNED}, with: {{steps: 5}}}}",
     "knots": f"m: {{use: knots, {TUNED}}}",
+    "core_space": f"m: {{use: core_space, {TUNED}}}",
+    "iso_cts": f"m: {{use: iso_cts, {TUNED}}}",
+    "cart": f"m: {{use: cart, {TUNED}}}",
+    "star": f"m: {{use: star, {TUNED}}}",
+    "ace": f"m: {{use: ace, {TUNED}}}",
+    "magprune": "m: {use: magprune, base: base, of: a, with: {density: 0.5, epsilon: 0.3}}",
 }
+LARGE = {"hidden": 2048, "inner": 5632, "layers": 22, "vocabulary": 32000}  # 1.1 billion parameters
 
 
 @dataclass(frozen=True)
@@ -162,9 +169,10 @@ def main() -> int:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--budgets", default="300MB,500MB,1GB")
     parser.add_argument("--recipes", default=",".join(STEPS))
+    parser.add_argument("--large", action="store_true")
     options = parser.parse_args()
     if not options.models.exists():
-        write_models(options.models)
+        write_models(options.models, **(LARGE if options.large else {}))
     print(f"{'recipe':12} {'budget':>8} {'planned':>22} {'measured':>9} {'block':>8} {'threads':>7}", flush=True)
     well = True
     for name in options.recipes.split(","):
