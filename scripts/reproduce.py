@@ -53,7 +53,8 @@ def score(row: Row, seed: int, setting: Setting) -> Score:
 
 
 def census(seed: int, setting: Setting) -> dict[str, float]:
-    return bench(seed, setting).census()
+    measured = bench(seed, setting)
+    return measured.census() | measured.store()
 
 
 def measure(workers: int, console: Console) -> Results:

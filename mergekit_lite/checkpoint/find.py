@@ -11,6 +11,7 @@ from pathlib import Path
 from mergekit_lite.checkpoint.header import Header, read_header
 from mergekit_lite.checkpoint.hub import Unreachable, cached, fetch, fetch_beside, is_hub_id, is_offline, look
 from mergekit_lite.checkpoint.inside import inside, is_plain_name, read_object
+from mergekit_lite.checkpoint.masks import split_task, with_masks
 from mergekit_lite.checkpoint.meta import Checkpoint, Remote, TensorMeta
 from mergekit_lite.checkpoint.remote import read_headers
 from mergekit_lite.errors import InputError, Mark, Problem, did_you_mean
@@ -37,7 +38,8 @@ def open_checkpoint(
     pickled: bool = False,
     stream: bool = False,
 ) -> Checkpoint:
-    """The checkpoint at `location`: an existing folder or .safetensors file, otherwise a Hub id with its `revision`.
+    """The checkpoint at `location`: an existing folder or .safetensors file, otherwise a Hub id with its `revision`;
+    with `#TASK` behind it the model of that task in a mask store.
 
     A folder holds model.safetensors, or shards with an index, or nothing but a consistent set of .safetensors files.
     `pickled` reads pytorch_model.bin or its shards too, where there is none of those, and a .bin or .pt file by name.
@@ -46,7 +48,9 @@ def open_checkpoint(
     InputError, with `mark` in every problem, for whatever is missing, unreachable or corrupt.
     """
     try:
-        return _open(location, revision, offline, pickled, stream)
+        store, task = split_task(location)
+        found = _open(store, revision, offline, pickled, stream)
+        return found if task is None else with_masks(found, task)
     except InputError as error:
         raise type(error)([replace(problem, mark=problem.mark or mark) for problem in error.problems]) from error
 

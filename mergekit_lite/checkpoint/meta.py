@@ -25,6 +25,9 @@ DTYPE_NAMES: Mapping[str, str] = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+# How masks lie within U8, which is what files call them: a bit for an element, the first of eight in the lowest.
+BIT = "BIT"
+STORED_BITS: Mapping[str, int] = {**DTYPE_BITS, BIT: 1}
 DTYPE_CODES: Mapping[str, str] = {name: code for code, name in DTYPE_NAMES.items()}
 # Floating dtypes that take part in a merge; every other dtype is copied from the base (METHODS: integer buffers).
 MERGEABLE = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
@@ -132,13 +135,23 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
+class Masks:
+    """What a mask store keeps of the task `task` beside its base, by the base's tensor names: the multi-task vector,
+    and which of its entries the task uses (of dtype BIT)."""
+
+    task: str
+    multi: Mapping[str, TensorMeta]
+    used: Mapping[str, TensorMeta]
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint seen through its headers. `tensors` keeps the order on disk: shard by shard, offset by offset.
 
     `folder` is where config.json and the tokenizer files lie. `notes` are findings that do not stop a merge but that a
     person may want to see, such as tensors on disk that the index leaves out. With an `adapter`, `tensors` are the
-    base's, to which it is added when they are read, and `shards` hold its files too. Where `thin`, the folder lies in
-    the Hub's cache and may lack files beside config.json, which `hub.fetch_beside` fetches.
+    base's, to which it is added when they are read, and `shards` hold its files too; so it is with `masks`. Where
+    `thin`, the folder lies in the Hub's cache and may lack files beside config.json, which `hub.fetch_beside` fetches.
     """
 
     location: str
@@ -151,3 +164,4 @@ class Checkpoint:
     notes: tuple[Problem, ...] = ()
     adapter: Adapter | None = None
     thin: bool = False
+    masks: Masks | None = None

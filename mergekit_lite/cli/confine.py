@@ -29,10 +29,12 @@ def check_inside(locations: Iterable[str] = (), family: str | None = None, file:
     if box is None:
         return
     from mergekit_lite.checkpoint.hub import is_hub_id
+    from mergekit_lite.checkpoint.masks import split_task
     from mergekit_lite.family.data import families
     from mergekit_lite.recipe.location import split_location
 
-    found = [box.refusal(text, hub=is_hub_id(split_location(text)[0])) for text in locations]
+    places = [split_task(split_location(text)[0])[0] for text in locations]
+    found = [box.refusal(place, hub=is_hub_id(place)) for place in places]
     if family is not None and family not in {known.name for known in families().values()}:
         found.append(box.refusal(family))
     if file is not None:

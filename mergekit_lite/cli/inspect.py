@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mergekit_lite.family.spaces import Space
     from mergekit_lite.report.look import Look
     from mergekit_lite.report.stats import Stats
+    from mergekit_lite.report.store import StoreLook
 
 STATS = ("nan", "+inf", "-inf", "zeros", "min", "max", "mean", "std")
 SHOWN = 8  # shards that are listed before they are only counted
@@ -50,6 +51,7 @@ def inspect(
     from mergekit_lite import merge
     from mergekit_lite.checkpoint.find import AdapterFound
     from mergekit_lite.report.look import look, open_location
+    from mergekit_lite.report.store import look_at_store
 
     check_inside([checkpoint], family)
     try:
@@ -62,15 +64,18 @@ def inspect(
     seen = look(opened)
     free = _spaces(opened, family) if spaces or family else None
     found = _measure(opened, threads or merge.default_threads()) if stats else None
+    store = look_at_store(opened, masks=stats)
     if json:
         made = _as_json(opened, seen, tensors, found)
+        if store is not None:
+            made["masks"] = store.as_json()
         if free is not None:
             from mergekit_lite.report.spaces import as_json
 
             made["spaces"] = as_json(free)
         show.json(made)
     else:
-        for name, text in _summary(seen):
+        for name, text in (*_summary(seen), *(_store(store) if store is not None else ())):
             show.line(f"{name:<14}{text}")
         if free is not None:
             show.line()
@@ -79,6 +84,26 @@ def inspect(
             show.line()
             _table(opened, tensors, found)
     show.warnings(seen.notes)
+
+
+def _store(store: StoreLook) -> Iterator[tuple[str, str]]:
+    """What a mask store keeps beside its base."""
+
+    def share(nbytes: int) -> str:
+        return f"{show.size(nbytes)}, {nbytes / store.apart:.0%} of {show.count(len(store.tasks), 'model')} apart"
+
+    yield (
+        "mask store",
+        ", ".join(
+            task if store.density is None else f"{task} ({store.density[task]:.1%} of the entries)"
+            for task in store.tasks
+        ),
+    )
+    yield "all of it", share(store.nbytes)
+    if store.census is not None and store.coded is not None:
+        nothing, one, several = store.census
+        yield "entropy-coded", share(store.coded)
+        yield "used", f"by no task {nothing:.1%} · by one alone {one:.1%} · by several {several:.1%}"
 
 
 def _adapter(location: str, offline: bool, tensors: bool, json: bool) -> None:

@@ -170,6 +170,7 @@ class Method:
     them is read for a block of rows. They come to `fn` as matrices, in the compute dtype.
     `plain` says of an element method that `fn` uses nothing of the blocks but `x * number`, `x - y`, `add_`, `clone`,
     `shape` and `new_zeros`: where no other kind takes part in a merge, NumPy may do these and torch is not imported.
+    Blocks of the result begin at a multiple of `grain` elements.
     The last `figures` numbers of a result are told at the end of the run, and not stored.
     `check(params, inputs)` gives what is wrong with a combination of settings, `remark` what deserves a warning; both
     give None where all is well, and `inputs` counts what stands in `of`.
@@ -201,6 +202,7 @@ class Method:
     fits: Callable[[Sequence[tuple[int, ...]]], str | None] | None = None
     beside: Callable[[Params], tuple[Beside, ...]] | None = None
     figures: int = 0
+    grain: int = 1
     public: bool = True
     doc: str = ""
     module: str = ""

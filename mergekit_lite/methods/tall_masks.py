@@ -67,6 +67,12 @@ def keep_shared(xs: Sequence[Tensor], k: int) -> Tensor:
     return masked(xs[0], count >= k)
 
 
+@method(takes="delta", gives="delta", inputs=(1, 1), grain=8, public=False)
+def mask_bits(xs: Sequence[Tensor]) -> Tensor:
+    """A mask whose blocks begin where a byte of eight entries does: what a mask store keeps."""
+    return xs[0].clone()
+
+
 def _remark(params: Params, inputs: int) -> str | None:
     if params["k"] > inputs:
         return f"no entry is used by {params['k']} of {inputs} tasks: the result is the base"

@@ -17,6 +17,7 @@ from mergekit_lite.plan.adapter import adapted
 from mergekit_lite.plan.digest import plan_digest
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.lowrank import Ranks
+from mergekit_lite.plan.masks import unmasked
 from mergekit_lite.plan.model import Alignment, Node, Plan, StepView, Unit
 from mergekit_lite.plan.order import BLOCK, bytes_read, input_bytes, make_units, walk
 from mergekit_lite.plan.outputs import Adapters, make_outputs, saved_name
@@ -100,6 +101,7 @@ def _build(
         tied += pairs
         mark = recipe.models[name].mark
         tables[name], found_faults = adapted(builder, name, checkpoint, table, methods["add"], mark)
+        tables[name] = unmasked(builder, name, checkpoint, tables[name])
         problems += found_faults
     views: list[StepView] = []
     warnings: list[Problem] = [*recipe.notes]
@@ -210,8 +212,8 @@ def in_order(recipe: Recipe, methods: Mapping[str, Method]) -> list[Step]:
 
     for save in recipe.saves:
         visit(saved_name(recipe, save))
-        if save.lora is not None:
-            visit(save.lora.base.name)
+        for ref in save.beside:
+            visit(ref.name)
     return list(ordered.values())
 
 
@@ -226,7 +228,7 @@ def merged_models(recipe: Recipe) -> list[str]:
     methods = all_methods()
     names = {ref.name for step in in_order(recipe, methods) for ref in references_of(step, methods, recipe.steps)}
     names |= {saved_name(recipe, save) for save in recipe.saves}
-    names |= {save.lora.base.name for save in recipe.saves if save.lora is not None}
+    names |= {ref.name for save in recipe.saves for ref in save.beside}
     return [name for name in recipe.models if name in names]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergekit_lite.checkpoint.hub import is_hub_id
+from mergekit_lite.checkpoint.masks import split_task
 from mergekit_lite.errors import Mark, Problem
 from mergekit_lite.family.data import families
 from mergekit_lite.methods.spec import Method
@@ -49,6 +50,7 @@ def _models(recipe: Recipe) -> Iterator[Place]:
 
 
 def _place(model: Model, location: str, revision: str | None) -> Place:
+    location, _ = split_task(location)
     return Place(location, model.mark, revision is not None or is_hub_id(location))
 
 

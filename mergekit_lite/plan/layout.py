@@ -26,7 +26,7 @@ SAVE_DTYPES: Mapping[str, str] = {
 def build_output(to: str, step: str, table: Table, dtype: str | None, shard: int, recipe_text: str) -> Output:
     """The files of one `save`. `dtype` (a recipe's name) replaces the stored dtype of tensors that hold numbers to
     merge; integers, booleans and codes keep theirs. `shard` is the most bytes of tensors in one file."""
-    stored = {name: _out_dtype(table.dtypes[name], dtype) for name in table.nodes}
+    stored = {name: out_dtype(table.dtypes[name], dtype) for name in table.nodes}
     sizes = {name: nbytes(node, stored[name]) for name, node in table.nodes.items()}
     groups = _fill(sizes, shard)
     files = [SINGLE] if len(groups) == 1 else [
@@ -50,7 +50,8 @@ def build_output(to: str, step: str, table: Table, dtype: str | None, shard: int
     return Output(to, step, tuple(shards), index, dict(table.config), table.donor)
 
 
-def _out_dtype(stored: str, dtype: str | None) -> str:
+def out_dtype(stored: str, dtype: str | None) -> str:
+    """The dtype on disk of what is stored so, where a save asks for `dtype`."""
     return SAVE_DTYPES[dtype] if dtype and stored in MERGEABLE else stored
 
 

@@ -103,7 +103,8 @@ class OutShard:
 class Output:
     """One `save`: a folder of shards with the configuration files of `donor`, or an adapter, whose configuration
     `adapter` is. Of an adapter's tensors those of a module lie together and are one tensor here. `tokenizer`, where it
-    is given, holds the files that take the place of the donor's tokenizer, by name."""
+    is given, holds the files that take the place of the donor's tokenizer, by name. `store` are the tasks of a mask
+    store."""
 
     to: str
     step: str
@@ -113,6 +114,7 @@ class Output:
     donor: str
     adapter: Mapping[str, Any] | None = None
     tokenizer: Mapping[str, Path | bytes] | None = None
+    store: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> tuple[OutTensor, ...]:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from mergekit_lite.checkpoint.meta import DTYPE_BITS
+from mergekit_lite.checkpoint.meta import STORED_BITS
 from mergekit_lite.plan.model import Alignment, Node, Output, OutTensor, Unit
 
 GRAIN = 1 << 16  # elements over which a statistic is summed at once; part of what defines the output's bytes
@@ -55,6 +55,8 @@ def grain_of(nodes: Iterable[Node]) -> int:
             whole = max(1, whole, node.numel)
         elif node.reach == "row" and node.method is not None:
             grain = math.lcm(grain, row_length(node))
+        elif node.method is not None:
+            grain = math.lcm(grain, node.method.grain)
     return whole or grain * max(1, GRAIN // grain)
 
 
@@ -183,4 +185,4 @@ def _pass_bytes(nodes: Sequence[Node], numel: int) -> int:
 
 def load_bytes(node: Node, numel: int) -> int:
     """Stored bytes of `numel` elements of a loaded tensor; 0 for other nodes."""
-    return 0 if node.load is None else numel * DTYPE_BITS[node.load.dtype] // 8
+    return 0 if node.load is None else numel * STORED_BITS[node.load.dtype] // 8

@@ -14,6 +14,7 @@ from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.layout import build_output
 from mergekit_lite.plan.lock import pinned
 from mergekit_lite.plan.lowrank import Ranks, adapter_output, fault_of, measured_output, parts_of
+from mergekit_lite.plan.masks import mask_output
 from mergekit_lite.plan.model import Output
 from mergekit_lite.plan.vocabulary import Remapped, beside
 from mergekit_lite.recipe.links import final_step
@@ -56,6 +57,10 @@ def make_outputs(
         text = to_yaml(replace(pinned(recipe, checkpoints), saves=(saved,)))
         if save.lora is not None:
             outputs += adapters.output(str(place), number, save, step, table, text)
+        elif save.masks is not None:
+            if all(ref.name in tables for ref in save.beside):
+                store = mask_output(adapters.builder, str(place), save, step, tables, text, problems)
+                outputs += [store] if store is not None else []
         elif table.space != "weight":
             hint = "add it to its base first: `use: add`, or save it as an adapter: `as: lora`"
             problems.append(Problem(f"`{step}` is a delta, not a model to save", save.mark, hint))

@@ -7,6 +7,7 @@ from typing import Any
 
 from mergekit_lite.methods.spec import Method, Param
 from mergekit_lite.recipe.lora import SVDS
+from mergekit_lite.recipe.masks import THRESHOLD
 from mergekit_lite.recipe.push import BRANCH, MOST_MESSAGE
 from mergekit_lite.recipe.read import COMPUTE, NAME
 from mergekit_lite.recipe.save import DTYPES, SHORT_DTYPES, UNITS
@@ -250,8 +251,26 @@ def _save() -> Schema:
                 "anyOf": [TEXT, {"type": "null"}],
                 "description": f"{', '.join(TEMPLATES)}, a model, or a template's text.",
             },
-            "as": {"const": "lora", "description": "Save an adapter of `base`, as peft loads it, not a model."},
-            "base": {**REFERENCE, "description": "The model that the adapter is for."},
+            "as": {
+                "enum": ["lora", "masks"],
+                "description": "Save an adapter of `base`, as peft loads it, or a mask store, not a model.",
+            },
+            "base": {**REFERENCE, "description": "The model that the adapter, or the masked vector, is for."},
+            "tasks": {
+                "description": "The tasks of a mask store: models or steps, by name.",
+                "anyOf": [
+                    {"type": "array", "items": TEXT, "minItems": 1},
+                    _named(f"^{NAME.pattern}$", REFERENCE, "Models or steps by task.") | {"minProperties": 1},
+                ],
+            },
+            "threshold": {
+                "description": "How large a task's own change must be beside the others'; for all, or by task.",
+                "default": THRESHOLD,
+                "anyOf": [
+                    {"type": "number", "minimum": 0},
+                    {"type": "object", "additionalProperties": {"type": "number", "minimum": 0}},
+                ],
+            },
             "rank": {
                 "type": "integer",
                 "minimum": 1,
@@ -270,7 +289,7 @@ def _save() -> Schema:
             },
         },
         "dependentRequired": {
-            **{key: ["as"] for key in ("base", "rank", "energy", "svd", "targets")},
+            **{key: ["as"] for key in ("base", "rank", "energy", "svd", "targets", "tasks", "threshold")},
             "as": ["base"],
         },
         "additionalProperties": False,

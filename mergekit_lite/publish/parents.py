@@ -13,6 +13,7 @@ import yaml
 
 from mergekit_lite.checkpoint.hub import is_hub_id
 from mergekit_lite.checkpoint.inside import inside, read_bytes
+from mergekit_lite.checkpoint.masks import split_task
 from mergekit_lite.errors import InputError, printable
 from mergekit_lite.plan.words import few
 from mergekit_lite.recipe.links import final_step, mentions, references
@@ -64,7 +65,7 @@ def lineage(recipe: Recipe, save: Save, ask: Ask | None) -> Lineage:
     """What leads to `save` of the recipe in a lock. `ask` asks the Hub for the card of a parent there; without it those
     parents have none."""
     last = save.step.name if save.step is not None else final_step(recipe)
-    names = _leading(recipe, last)
+    names = _leading(recipe, [last, *(ref.name for ref in save.beside)])
     steps = tuple(step for name, step in recipe.steps.items() if name in names)
     models = tuple(model for name, model in recipe.models.items() if name in names)
     shown: dict[str, str] = {}
@@ -78,10 +79,11 @@ def lineage(recipe: Recipe, save: Save, ask: Ask | None) -> Lineage:
         for location, commit in places:
             if (location, commit) in parents:
                 continue
-            hub = commit is not None and is_hub_id(location)
+            hub = commit is not None and is_hub_id(split_task(location)[0])
             shown[location] = location if hub else _folder_name(location, model.name, {*taken, *shown.values()})
             listed = digests.get(model.name) or [] if model.adapter is None else []
-            card = _local(location) if not hub else ask(location, commit) if ask is not None else None
+            place = split_task(location)[0]
+            card = _local(place) if not hub else ask(place, commit) if ask is not None else None
             files = {str(file["file"]): _digest(file) for file in listed}
             card = None if card is None else cleaned(card)[0]
             parents[location, commit] = Parent(model.name, shown[location], hub, commit, files, card)
@@ -94,10 +96,10 @@ def _digest(file: Mapping[str, Any]) -> str:
     return "" if kind is None else str(file[kind]) if kind == "blake3" else f"{kind}:{file[kind]}"
 
 
-def _leading(recipe: Recipe, last: str) -> set[str]:
-    """The steps and models that lead to `last`, itself included."""
+def _leading(recipe: Recipe, ends: Sequence[str]) -> set[str]:
+    """The steps and models that lead to `ends`, these included."""
     found: set[str] = set()
-    left = [last]
+    left = [*ends]
     while left:
         name = left.pop()
         if name in found:

@@ -36,7 +36,7 @@ def unused_steps(recipe: Recipe) -> list[str]:
     used = {name for step in recipe.steps.values() for name in _used_by(step)}
     for save in recipe.saves:
         used.add(save.step.name if save.step else final_step(recipe))
-        used |= {save.lora.base.name} if save.lora else set()
+        used |= {ref.name for ref in save.beside}
     return [name for name in recipe.steps if name not in used]
 
 

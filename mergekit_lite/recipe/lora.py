@@ -31,8 +31,6 @@ def read_lora(node: MapNode, read_ref: Callable[[Node, str], Ref | None], proble
             hint = f"add `as: lora` for an adapter, or remove `{key}`"
             problems.append(Problem(f"`{key}` belongs to a save with `as`", entries[key].mark, hint))
         return None
-    if scalar("as") != "lora":
-        fault(f"`as` must be lora, not {describe(entries['as'].value)}", "as", "leave it out to save a whole model")
     base = read_ref(entries["base"].value, "`base`") if "base" in entries else None
     if "base" not in entries:
         problems.append(Problem("a save with `as: lora` names its `base`", entries["as"].mark, _EXAMPLE))

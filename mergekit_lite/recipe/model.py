@@ -72,6 +72,17 @@ class AsLora:
 
 
 @dataclass(frozen=True, slots=True)
+class AsMasks:
+    """A save as a mask store: `base`, the multi-task vector that the save's step is, and for each of `tasks`, models or
+    steps by name, one bit for every entry of the vector: whether the task uses it, which `thresholds` decides."""
+
+    base: Ref
+    tasks: Mapping[str, Ref]
+    thresholds: Mapping[str, float]
+    mark: Mark
+
+
+@dataclass(frozen=True, slots=True)
 class Push:
     """Where an output is published once the run is done: the repository `repo` of the Hub, as a commit on `branch`
     (None: main) or as a pull request. `private` None means: private where the repository is made. `message` is the
@@ -118,7 +129,8 @@ class Tokenizer:
 class Save:
     """One output folder. `step` None means: the only step that no other uses. `to` None means: `--out` gives it.
     `dtype` None keeps the stored dtypes. `shard` is the most bytes of tensors in one file. With `lora` an adapter is
-    saved, not a model. `push` None publishes nothing, `tokenizer` None leaves the vocabulary as it is."""
+    saved, with `masks` a mask store, not a model. `push` None publishes nothing, `tokenizer` None leaves the
+    vocabulary as it is."""
 
     step: Ref | None
     to: str | None
@@ -128,6 +140,13 @@ class Save:
     lora: AsLora | None = None
     push: Push | None = None
     tokenizer: Tokenizer | None = None
+    masks: AsMasks | None = None
+
+    @property
+    def beside(self) -> tuple[Ref, ...]:
+        """The models and steps that are read beside the saved one."""
+        lora = (self.lora.base,) if self.lora is not None else ()
+        return (*lora, *((self.masks.base, *self.masks.tasks.values()) if self.masks is not None else ()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 from mergekit_lite.errors import Mark, Problem, suggest
 from mergekit_lite.recipe.lora import KEYS as LORA_KEYS
 from mergekit_lite.recipe.lora import read_lora
+from mergekit_lite.recipe.masks import KEYS as MASKS_KEYS
+from mergekit_lite.recipe.masks import read_masks
 from mergekit_lite.recipe.model import Ref, Save
 from mergekit_lite.recipe.node import ListNode, MapNode, Node, ScalarNode, describe
 from mergekit_lite.recipe.push import read_push
@@ -20,7 +22,7 @@ DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_
 SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-SAVE_KEYS = ("step", "to", "dtype", "shard", "push", "tokenizer", "chat_template", *LORA_KEYS)
+SAVE_KEYS = ("step", "to", "dtype", "shard", "push", "tokenizer", "chat_template", *LORA_KEYS, "tasks", "threshold")
 _SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?) ?([A-Za-z]{1,3})")
 _MAX_PATH = 4096
 _EXAMPLE = "for example `save: {to: out/merged, dtype: bfloat16}`"
@@ -93,18 +95,38 @@ def _read_save(node: MapNode, read_ref: Callable[[Node, str], Ref | None], probl
                 message = f"`shard` must be a size above 0, not {describe(entry.value)}"
                 problems.append(Problem(message, mark, "for example `5GB`, `500MB`, `2GiB` or a number of bytes"))
             shard = size or DEFAULT_SHARD
-        elif key in LORA_KEYS or key in ("tokenizer", "chat_template"):
+        elif key in (*LORA_KEYS, *MASKS_KEYS, "tokenizer", "chat_template"):
             continue  # read together below
         elif key == "push":
             push = read_push(entry.value, problems)
         else:
             problems.append(Problem(f"`save` has no key `{key}`", entry.mark, suggest(key, SAVE_KEYS)))
-    lora = read_lora(node, read_ref, problems) if set(node.entries) & set(LORA_KEYS) else None
+    lora, masks = None, None
+    kind = node.get("as")
+    if kind is not None and _kind(node) not in ("lora", "masks"):
+        message = f"`as` must be lora or masks, not {describe(kind)}"
+        problems.append(Problem(message, kind.mark, "leave it out to save a whole model"))
+        others = []
+    elif _kind(node) == "masks":
+        masks = read_masks(node, read_ref, problems)
+        others = [key for key in LORA_KEYS if key in node.entries and key not in MASKS_KEYS]
+    else:
+        lora = read_lora(node, read_ref, problems) if set(node.entries) & set(LORA_KEYS) else None
+        others = [key for key in MASKS_KEYS if key in node.entries and key not in LORA_KEYS]
+    for key in others:
+        hint = "remove it" if "as" in node.entries else "add `as: masks` for a mask store, or remove it"
+        problems.append(Problem(f"`{key}` belongs to another kind of save", node.entries[key].mark, hint))
     tokenizer = read_native(node.get("tokenizer"), node.get("chat_template"), read_ref, problems)
-    if lora is not None and tokenizer is not None:
+    if (lora is not None or masks is not None) and tokenizer is not None:
         hint = "save the model whole, or leave out `tokenizer` and `chat_template`"
-        problems.append(Problem("an adapter has the vocabulary of its base", _mark_of(node), hint))
-    return Save(step, to, dtype, shard, _mark_of(node), lora, push, tokenizer)
+        what = "an adapter" if masks is None else "a mask store"
+        problems.append(Problem(f"{what} has the vocabulary of its base", _mark_of(node), hint))
+    return Save(step, to, dtype, shard, _mark_of(node), lora, push, tokenizer, masks)
+
+
+def _kind(node: MapNode) -> object:
+    found = node.get("as")
+    return found.value if isinstance(found, ScalarNode) else None
 
 
 def _mark_of(node: MapNode) -> Mark:

@@ -11,7 +11,8 @@ import yaml
 
 from mergekit_lite.recipe.links import final_step
 from mergekit_lite.recipe.lora import SVDS
-from mergekit_lite.recipe.model import AsLora, Input, Model, Recipe, Ref, Save, Step, Tokenizer, TokenRow
+from mergekit_lite.recipe.masks import THRESHOLD
+from mergekit_lite.recipe.model import AsLora, AsMasks, Input, Model, Recipe, Ref, Save, Step, Tokenizer, TokenRow
 from mergekit_lite.recipe.node import FLOAT, INTEGER, WORD
 from mergekit_lite.recipe.read import split_location
 from mergekit_lite.recipe.save import DEFAULT_SHARD, UNITS
@@ -145,6 +146,8 @@ def _save(save: Save) -> dict[str, Any]:
         data["shard"] = size_text(save.shard)
     if save.lora is not None:
         data |= _lora(save.lora)
+    if save.masks is not None:
+        data |= _masks(save.masks)
     if save.push is not None:
         keys = {"private": save.push.private, "branch": save.push.branch, "message": save.push.message}
         given = {key: value for key, value in keys.items() if value is not None}
@@ -162,6 +165,16 @@ def _lora(lora: AsLora) -> dict[str, Any]:
         data["svd"] = lora.svd
     if lora.targets:
         data["targets"] = list(lora.targets)
+    return data
+
+
+def _masks(masks: AsMasks) -> dict[str, Any]:
+    tasks = {name: ref.name for name, ref in masks.tasks.items()}
+    itself = all(name == ref for name, ref in tasks.items())
+    data: dict[str, Any] = {"as": "masks", "base": masks.base.name, "tasks": list(tasks) if itself else tasks}
+    values = set(masks.thresholds.values())
+    if values != {THRESHOLD}:
+        data["threshold"] = values.pop() if len(values) == 1 else dict(masks.thresholds)
     return data
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from mergekit_lite.checkpoint.find import open_checkpoint
 from mergekit_lite.checkpoint.meta import Checkpoint, TensorMeta
-from mergekit_lite.errors import Problem
+from mergekit_lite.errors import InputError, Problem
 from mergekit_lite.family.family import Family, family_of
 from mergekit_lite.family.section import lookup
 from mergekit_lite.recipe.read import split_location
@@ -102,7 +102,11 @@ def open_location(text: str, offline: bool = False, pickled: bool = False) -> Ch
     Raises InputError for whatever is missing, unreachable or corrupt.
     """
     location, revision = (text, None) if os.path.exists(os.path.expanduser(text)) else split_location(text)
-    return open_checkpoint(location, revision, offline=offline, pickled=pickled)
+    opened = open_checkpoint(location, revision, offline=offline, pickled=pickled)
+    if opened.masks is not None:
+        hint = f"make it a model with a recipe: `models: {{m: {location}}}` and `save: {{step: m, to: DIR}}`"
+        raise InputError(f"`{text}` is a task of a mask store, whose weights are put together by a run", hint=hint)
+    return opened
 
 
 def look(checkpoint: Checkpoint) -> Look:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
-from mergekit_lite.checkpoint.meta import TensorMeta
+from mergekit_lite.checkpoint.meta import BIT, TensorMeta
 from mergekit_lite.plan.model import Node, OutTensor, Plan, Unit
+from mergekit_lite.run.bits import pack_bits
 from mergekit_lite.run.copy import ByteSource
 from mergekit_lite.run.device import DeviceLoader, find_device, lane
 from mergekit_lite.run.evaluate import Blocks, subset
@@ -93,6 +94,8 @@ def computing(
 def _store(tensor: OutTensor, value: Tensor, found: dict[str, dict[str, int]], strict: bool) -> Tensor:
     """The block in the tensor's dtype, on the CPU. What is not finite in it, and what was beyond the dtype's range, is
     counted in `found`. Raises StoppedError where `strict` and a number is not finite."""
+    if tensor.dtype == BIT:
+        return pack_bits(value)
     stored = value.to(TORCH_DTYPES[tensor.dtype]).cpu().contiguous()
     if tensor.dtype == "F8_E4M3":
         return _store_saturated(tensor, value, stored, found, strict)

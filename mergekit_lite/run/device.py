@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
-from mergekit_lite.checkpoint.meta import TensorMeta
+from mergekit_lite.checkpoint.meta import BIT, TensorMeta
 from mergekit_lite.errors import StoppedError, UsageError
+from mergekit_lite.run.bits import load_bits
 from mergekit_lite.run.copy import ByteSource
 
 RING = 3  # staging buffers of a thread: one is filled while others are on their way
@@ -69,6 +70,8 @@ class DeviceLoader:
 
     def load(self, meta: TensorMeta, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a tensor, flat, in memory of their own."""
+        if meta.dtype == BIT:
+            return load_bits(self.source, meta, start, stop).to(self.device).to(self.compute)
         dtype = TORCH_DTYPES[meta.dtype]
         nbytes = (stop - start) * dtype.itemsize
         raw, copied = self._buffer(nbytes)

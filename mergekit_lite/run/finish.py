@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_lite.checkpoint.adapter import CONFIG as ADAPTER
 from mergekit_lite.checkpoint.extras import copy_extras, find_extras, output_config
+from mergekit_lite.checkpoint.meta import BIT
 from mergekit_lite.errors import InputError, Problem, StoppedError
 from mergekit_lite.limits import hint_for
 from mergekit_lite.plan.layout import INDEX
@@ -179,6 +180,8 @@ def _main_dtype(output: Output) -> str:
     """The dtype that most bytes of the output have."""
     sizes: dict[str, int] = {}
     for tensor in output.tensors:
+        if tensor.dtype == BIT:
+            continue
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype])
 

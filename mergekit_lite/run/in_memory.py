@@ -30,8 +30,9 @@ def in_memory(
     RecipeError."""
     if len(recipe.saves) != 1:
         raise RecipeError(Problem("in memory a recipe has one `save`", None, "keep one of them"))
-    if recipe.saves[0].lora is not None:
-        raise RecipeError(Problem("an adapter is not made in memory", recipe.saves[0].mark, "use `run`"))
+    if recipe.saves[0].beside:
+        what = "an adapter" if recipe.saves[0].lora is not None else "a mask store"
+        raise RecipeError(Problem(f"{what} is not made in memory", recipe.saves[0].mark, "use `run`"))
     with_adapters = [recipe.models[name] for name in used_models(recipe) if recipe.models[name].adapter is not None]
     if with_adapters:
         hint = "fold it in first, with peft's `merge_and_unload()`, and give that model's state dict"

@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from mergekit_lite.checkpoint.meta import DTYPE_NAMES, TensorMeta
+from mergekit_lite.checkpoint.meta import BIT, DTYPE_NAMES, TensorMeta
 from mergekit_lite.errors import MergeError
 from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.spec import Block, Method, keywords
 from mergekit_lite.plan.model import Node
 from mergekit_lite.plan.order import beside, row_length, walk
 from mergekit_lite.plan.words import count
+from mergekit_lite.run.bits import load_bits
 from mergekit_lite.run.copy import ByteSource
 from mergekit_lite.run.gather import Gather, Remap
 
@@ -50,6 +51,8 @@ class Loader:
 
     def load(self, meta: TensorMeta, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a tensor, flat, in memory of their own."""
+        if meta.dtype == BIT:
+            return load_bits(self.source, meta, start, stop).to(self.compute)
         dtype: torch.dtype = getattr(torch, DTYPE_NAMES[meta.dtype])
         size = dtype.itemsize
         if dtype == self.compute:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lite.checkpoint.meta import DTYPE_BITS
+from mergekit_lite.checkpoint.meta import STORED_BITS
 from mergekit_lite.plan.model import Unit
 
 if TYPE_CHECKING:
@@ -92,4 +92,4 @@ class Findings:
 
 def written(unit: Unit) -> int:
     """Bytes that a unit writes."""
-    return sum((unit.stop - unit.start) * DTYPE_BITS[t.dtype] // 8 for _, t in unit.targets)
+    return sum((unit.stop - unit.start) * STORED_BITS[t.dtype] // 8 for _, t in unit.targets)

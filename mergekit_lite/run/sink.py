@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from mergekit_lite.checkpoint.meta import BIT
 from mergekit_lite.checkpoint.writer import ShardFileWriter
 from mergekit_lite.errors import StoppedError
 from mergekit_lite.lazy import Tensor, torch
@@ -61,7 +62,7 @@ class Files:
 
     def write(self, output: int, tensor: OutTensor, start: int, values: Tensor) -> None:
         data = values.contiguous().view(torch.uint8).numpy().data
-        self.write_bytes(output, tensor, start * values.element_size(), data)
+        self.write_bytes(output, tensor, start // 8 if tensor.dtype == BIT else start * values.element_size(), data)
 
     def write_bytes(self, output: int, tensor: OutTensor, start: int, data: memoryview) -> None:
         self._writers[output][tensor.shard].write(tensor.start + start, data)

@@ -1,0 +1,96 @@
+"""What a mask store holds: its tasks, what it saves, and which entries how many tasks use. No torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mergekit_lite.checkpoint.masks import tasks_of, with_masks
+from mergekit_lite.checkpoint.meta import Checkpoint, TensorMeta
+from mergekit_lite.checkpoint.reader import Reader
+
+CHUNK = 1 << 20  # bytes of every mask at once
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLook:
+    """`nbytes` of all weights of the store, `apart` what as many whole models take, `coded` what the store would take
+    if each tensor's masks were coded by their entropy. `density` is the share of entries that each task uses, `census`
+    the shares that no task uses (catastrophic), one task alone (selfish) and several (shared). Both, and `coded`, are
+    None where no mask has been read."""
+
+    tasks: tuple[str, ...]
+    nbytes: int
+    apart: int
+    density: Mapping[str, float] | None = None
+    census: tuple[float, float, float] | None = None
+    coded: int | None = None
+
+    def as_json(self) -> dict[str, object]:
+        made: dict[str, object] = {"tasks": list(self.tasks), "bytes": self.nbytes, "bytes_apart": self.apart}
+        if self.density is not None and self.census is not None:
+            names = ("catastrophic", "selfish", "shared")
+            made |= {"density": dict(self.density), "census": dict(zip(names, self.census, strict=True))}
+            made["bytes_entropy_coded"] = self.coded
+        return made
+
+
+def look_at_store(checkpoint: Checkpoint, masks: bool = False) -> StoreLook | None:
+    """What `checkpoint` is as a mask store, None where it is none. With `masks` all of them are read, once."""
+    if checkpoint.folder is None or os.path.isfile(os.path.expanduser(checkpoint.location)):
+        return None
+    tasks = tasks_of(checkpoint)
+    if not tasks:
+        return None
+    opened = [with_masks(checkpoint, task) for task in tasks]
+    base = sum(meta.nbytes for meta in checkpoint.tensors.values())
+    kept = [task.masks for task in opened if task.masks is not None]
+    vector = sum(meta.nbytes for meta in kept[0].multi.values())
+    bits = sum(meta.nbytes for task in kept for meta in task.used.values())
+    seen = StoreLook(tuple(tasks), base + vector + bits, base * len(tasks))
+    if not masks:
+        return seen
+    ones = dict.fromkeys(tasks, 0)
+    counts = np.zeros(3, dtype=np.int64)
+    coded = 0.0
+    with Reader(shard for task in opened for shard in task.shards) as reader:
+        for name, meta in kept[0].multi.items():
+            found, uses = _count(reader, [task.used[name] for task in kept], meta.numel)
+            counts += uses
+            for task, number in zip(tasks, found, strict=True):
+                ones[task] += number
+                coded += meta.numel * _entropy(number / max(1, meta.numel)) / 8
+    total = max(1, sum(meta.numel for meta in kept[0].multi.values()))
+    nothing, one, several = (int(number) / total for number in counts)
+    density = {task: number / total for task, number in ones.items()}
+    return StoreLook(
+        seen.tasks, seen.nbytes, seen.apart, density, (nothing, one, several), base + vector + math.ceil(coded)
+    )
+
+
+def _count(reader: Reader, masks: Sequence[TensorMeta], numel: int) -> tuple[list[int], np.ndarray]:
+    """How many entries of a tensor each task uses; and how many no task uses, one alone, several."""
+    ones = [0] * len(masks)
+    uses = np.zeros(3, dtype=np.int64)
+    nbytes = masks[0].nbytes
+    raw = np.empty(min(CHUNK, nbytes), dtype=np.uint8)
+    for start in range(0, nbytes, CHUNK):
+        stop = min(nbytes, start + CHUNK)
+        size = min(numel, 8 * stop) - 8 * start
+        count = np.zeros(size, dtype=np.int32)
+        for number, mask in enumerate(masks):
+            reader.read_bytes(mask, start, stop, raw[: stop - start].data)
+            bits = np.unpackbits(raw[: stop - start], count=size, bitorder="little")
+            ones[number] += int(np.count_nonzero(bits))
+            count += bits
+        uses += np.bincount(np.minimum(count, 2), minlength=3)
+    return ones, uses
+
+
+def _entropy(share: float) -> float:
+    """Bits that one of many independent entries takes, of which `share` are 1."""
+    return -sum(p * math.log2(p) for p in (share, 1 - share) if p > 0)
