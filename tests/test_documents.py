@@ -32,7 +32,7 @@ import yaml
 from mergekit_lite import load_recipe, merge, merge_in_memory, plan
 from mergekit_lite.cli.app import execute
 from mergekit_lite.methods.registry import all_methods
-from mergekit_lite.recipe.model import Recipe
+from mergekit_lite.recipe.model import Recipe, Save
 from tests.conftest import Demo
 
 ROOT = Path(__file__).parents[1]
@@ -102,9 +102,16 @@ def run(*words: str) -> tuple[int, str]:
     return code, shown.getvalue()
 
 
-def folded(base: str, recipe: Recipe, adapter: str) -> Path:
-    """The folder of what an adapter that a recipe has saved makes of its base."""
-    model = f"{{path: {recipe.models[base].location}, adapter: {adapter}}}"
+def as_model(save: Save, recipe: Recipe) -> Path:
+    """The folder of a model that a recipe has saved, or of what an adapter or the first task of a mask store makes of
+    its base."""
+    assert save.to is not None
+    if save.lora is not None:
+        model = f"{{path: {recipe.models[save.lora.base.name].location}, adapter: {save.to}}}"
+    elif save.masks is not None:
+        model = f'"{save.to}#{next(iter(save.masks.tasks))}"'
+    else:
+        return Path(save.to)
     Path("folded.yaml").write_text(f"version: 1\nmodels: {{m: {model}}}\nsave: {{step: m, to: out/folded}}\n")
     code, shown = run("run", "folded.yaml")
     assert code == 0, shown
@@ -127,8 +134,7 @@ def test_a_recipe_gives_a_network_that_works(path: str, place: Path):
     recipe = load_recipe(path)
     base = digits.load(Path("demo/base"))
     for save in recipe.saves:
-        assert save.to is not None
-        weights = digits.load(Path(save.to) if save.lora is None else folded(save.lora.base.name, recipe, save.to))
+        weights = digits.load(as_model(save, recipe))
         assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
         assert digits.forward(weights, torch.zeros(1, 64)).shape == (1, 10)
         if not any(step.use == "stack" for step in recipe.steps.values()):
