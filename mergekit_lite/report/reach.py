@@ -1,4 +1,4 @@
-"""Whether the Hugging Face Hub can be used from here: does it answer, is the token good, is there a place for models."""
+"""Whether the Hugging Face Hub can be used from here: whether it answers, the token is good, models have a place."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def reach(offline: bool) -> Iterator[Check]:
 def _ask(token: str | None) -> Answer | Exception:
     """The Hub's answer, or why there is none."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers, get_session
+    from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
 
     try:
         # Not HfApi.whoami, which knows no limit of time. The library may ask something of its own for its headers.

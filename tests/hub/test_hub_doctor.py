@@ -99,8 +99,9 @@ def test_a_slow_hub(hub: Hub, here: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("status", "hub_is", "token_is"), [(404, "ok", "warn"), (429, "warn", "warn"), (503, "warn", "warn"), (403, "ok", "fail")]
-)  # fmt: skip
+    ("status", "hub_is", "token_is"),
+    [(404, "ok", "warn"), (429, "warn", "warn"), (503, "warn", "warn"), (403, "ok", "fail")],
+)
 def test_other_answers(
     hub: Hub, here: Path, monkeypatch: pytest.MonkeyPatch, status: int, hub_is: str, token_is: str
 ) -> None:
