@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 from mergekit_lite import redact, sandbox
-from mergekit_lite.cli import show
+from mergekit_lite.cli import log, show
 from mergekit_lite.cli.convert import convert
 from mergekit_lite.cli.diff import diff
 from mergekit_lite.cli.doctor import doctor
@@ -103,6 +103,14 @@ def main() -> None:
 def execute(arguments: Sequence[str]) -> int:
     """Run one command and give its exit code. Errors go to stderr, with `--json` also to stdout."""
     redact.refresh()
+    with log.as_events(arguments, _release) as events:
+        code = _execute(arguments)
+        if events is not None:
+            events.end(code)
+    return code
+
+
+def _execute(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments[: arguments.index("--")] if "--" in arguments else "--json" in arguments
     try:
         try:

@@ -76,8 +76,8 @@ def plan(
     before it starts. Of models on the Hub it fetches headers and configurations alone. The time is what the machine of
     benchmarks/RESULTS.md would take; --json has it as `seconds`.
     --dag without a word draws as text. --memory chooses the block size and the threads that keep within it.
-    --check compares with the lock of an earlier run: recipe, seed, commits of models on the Hub, inputs, methods, output
-    files. Each change is a line. With --offline the commits are taken from the lock.
+    --check compares with the lock of an earlier run: recipe, seed, commits of models on the Hub, inputs, methods,
+    output files. Each change is a line. With --offline the commits are taken from the lock.
     """
     from mergekit_lite import merge
     from mergekit_lite.plan import explain
@@ -188,7 +188,8 @@ def _absent(recipe: Recipe, allow_pickle: bool) -> list[str]:
         try:
             merge.open_models(recipe, [name], True, allow_pickle)
         except InputError:
-            if not any(is_hub_id(place) and not os.path.exists(place) for place in (model.location, model.adapter or "")):
+            places = (model.location, model.adapter or "")
+            if not any(is_hub_id(place) and not os.path.exists(place) for place in places):
                 raise
             absent.append(name)
     return absent

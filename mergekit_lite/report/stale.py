@@ -197,8 +197,9 @@ def input_changes(
     digests = {**remembered.known, **(file_digests(unread, threads) if unread else {})}
     remembered.keep(digests)
     for name, file, shard in doubtful:
-        if "blake3" in file and file["blake3"] != digests[shard.path]:
-            yield Change("input", f"{name}: {file['file']}", f"blake3 {file['blake3']}", f"blake3 {digests[shard.path]}")
+        found = digests[shard.path]
+        if "blake3" in file and file["blake3"] != found:
+            yield Change("input", f"{name}: {file['file']}", f"blake3 {file['blake3']}", f"blake3 {found}")
 
 
 def _by_commit(checkpoint: Checkpoint, shard: ShardFile) -> bool:
