@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import sys
 import threading
@@ -127,7 +128,7 @@ def current() -> Log | None:
 def wanted(arguments: Sequence[str]) -> bool:
     """Whether a command line asks for JSON lines; it may be wrong otherwise, which is then told as one."""
     words = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
-    return "--log=json" in words or any(pair == ("--log", "json") for pair in zip(words[:-1], words[1:], strict=True))
+    return "--log=json" in words or any(pair == ("--log", "json") for pair in itertools.pairwise(words))
 
 
 @contextlib.contextmanager

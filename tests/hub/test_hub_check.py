@@ -1,4 +1,4 @@
-"""`merge plan --check` with models on the Hub: branches that moved, weights that are not fetched, work without the Hub."""
+"""`merge plan --check` with models on the Hub: branches that moved, no weight fetched, work without the Hub."""
 
 from __future__ import annotations
 
