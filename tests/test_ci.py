@@ -19,6 +19,11 @@ from typing import Any
 import pytest
 import yaml
 
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, where pytest brings this one
+    import tomli as tomllib
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests/hub"))
 from hub_models import model, recipe  # noqa: E402
@@ -40,7 +45,7 @@ def template(name: str) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """The commands of a job, each with the environment it is given. What a command starts with `merge` it names."""
+    """The commands of a job, each with the environment it is given."""
 
     name: str
     commands: Sequence[tuple[str, Mapping[str, str]]]
@@ -102,7 +107,7 @@ def shell(command: str, given: Mapping[str, str], folder: Path, hub: Hub) -> sub
     more |= {"PATH": f"{folder.parent / 'bin'}{os.pathsep}{here['PATH']}"}
     more |= {"PYTHONPATH": os.pathsep.join([str(folder.parent / "site"), str(ROOT)])}
     words = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", command]
-    return subprocess.run(words, cwd=folder, env={**here, **more}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(words, cwd=folder, env={**here, **more}, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -144,7 +149,9 @@ def test_every_command_of_a_template_works(jobs: Callable[[Path], list[Job]], wo
     assert (workspace / "out/merged/model.safetensors").read_bytes() == pushed["model.safetensors"].read(0, 1 << 40)
     # The cache that is kept between runs is where the template says, and without a token.
     assert any((workspace / ".hf/hub").rglob("*.safetensors"))
-    assert not [path for path in (workspace / ".hf").rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert not [
+        path for path in (workspace / ".hf").rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()
+    ]
 
 
 @pytest.mark.parametrize("jobs", [github, gitlab])
@@ -176,9 +183,9 @@ def instructions() -> list[tuple[str, str]]:
 
 
 def test_the_image_has_what_the_package_is_built_from():
-    import tomllib
-
-    copied = [w for what, words in instructions() if what == "COPY" and "--from" not in words for w in words.split()[:-1]]
+    copied = [
+        w for what, words in instructions() if what == "COPY" and "--from" not in words for w in words.split()[:-1]
+    ]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     needed = {project["project"]["readme"], *project["project"]["license-files"], *wheel["packages"], "pyproject.toml"}

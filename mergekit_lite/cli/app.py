@@ -1,9 +1,9 @@
 """`merge`: the command line. One file per command beside this one.
 
 A command is a function of its options. It prints through `show`, raises the errors of errors.py, and `typer.Exit(1)`
-where its answer is no (`diff` differs, `doctor` fails, `verify` and `push` find a fault). Exit codes: 0 done, 1 the
-answer is no, 2 bad command line, 3 recipe rejected, 4 bad input, 5 stopped, 70 a bug of this program, 130 interrupted,
-141 whoever read stdout is gone.
+where its answer is no (`diff` differs, `doctor` fails, `verify` and `push` find a fault, `plan --check` a stale lock).
+Exit codes: 0 done, 1 the answer is no, 2 bad command line, 3 recipe rejected, 4 bad input, 5 stopped, 70 a bug of this
+program, 130 interrupted, 141 whoever read stdout is gone.
 
 Nothing here or in a command's module level may import torch, transformers or huggingface_hub: `merge --help` is quick.
 """
