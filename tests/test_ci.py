@@ -1,4 +1,4 @@
-"""docs/ci.md: its workflows fit the schemas of GitHub and GitLab, and every command in them works, on a Hub on loopback.
+"""docs/ci.md: its workflows fit the schemas of GitHub and GitLab, and every command in them works, with a loopback Hub.
 
 The Dockerfile is held against pyproject.toml and .dockerignore; no test builds it, for want of an engine.
 """
@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
