@@ -41,7 +41,7 @@ import digits  # noqa: E402
 
 DOCUMENTS = (
     *("README.md", "docs/design.md", "docs/recipes.md", "docs/methods.md", "docs/compat.md", "docs/reproduce.md"),
-    *("docs/families.md", "docs/alignment.md", "docs/strangers.md", "docs/reliability.md"),
+    *("docs/families.md", "docs/alignment.md", "docs/strangers.md", "docs/reliability.md", "docs/ci.md"),
 )
 RECIPES = sorted(
     str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "families"

@@ -1,9 +1,9 @@
 """`merge`: the command line. One file per command beside this one.
 
 A command is a function of its options. It prints through `show`, raises the errors of errors.py, and `typer.Exit(1)`
-where its answer is no (`diff` differs, `doctor` fails, `verify` and `push` find a fault). Exit codes: 0 done, 1 the
-answer is no, 2 bad command line, 3 recipe rejected, 4 bad input, 5 stopped, 70 a bug of this program, 130 interrupted,
-141 whoever read stdout is gone.
+where its answer is no (`diff` differs, `doctor` fails, `verify` and `push` find a fault, `plan --check` a stale lock).
+Exit codes: 0 done, 1 the answer is no, 2 bad command line, 3 recipe rejected, 4 bad input, 5 stopped, 70 a bug of this
+program, 130 interrupted, 141 whoever read stdout is gone.
 
 Nothing here or in a command's module level may import torch, transformers or huggingface_hub: `merge --help` is quick.
 """
@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 from mergekit_lite import redact, sandbox
-from mergekit_lite.cli import show
+from mergekit_lite.cli import log, show
 from mergekit_lite.cli.convert import convert
 from mergekit_lite.cli.diff import diff
 from mergekit_lite.cli.doctor import doctor
@@ -103,6 +103,14 @@ def main() -> None:
 def execute(arguments: Sequence[str]) -> int:
     """Run one command and give its exit code. Errors go to stderr, with `--json` also to stdout."""
     redact.refresh()
+    with log.as_events(arguments, _release) as events:
+        code = _execute(arguments)
+        if events is not None:
+            events.end(code)
+    return code
+
+
+def _execute(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments[: arguments.index("--")] if "--" in arguments else "--json" in arguments
     try:
         try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mergekit_lite import sandbox as box
 from mergekit_lite.cli import bar, options, show
 from mergekit_lite.cli.confine import check_inside
 from mergekit_lite.errors import UsageError
@@ -36,6 +37,8 @@ def doctor(
 ) -> None:
     """Check this machine or, where named, checkpoints. Leaves with 1 where a check fails.
 
+    Of the machine: Python, packages and their versions, cores, memory, GPUs, the disk of the working directory and its
+    speed (by 64 MiB that are written and removed), the Hub, its token and its cache. --offline asks the Hub nothing.
     Of a checkpoint all weights are read: headers, index, configuration, layers, tied tensors, tokenizer, NaN and
     infinities; of an output of this program also whether its files are those that its lock names. With --spaces or
     --family only its headers are read: the spaces of its family, or of the family file, are proved with transformers.
@@ -51,9 +54,10 @@ def doctor(
         from mergekit_lite.report.environment import environment
 
         colours = show.console().color_system is not None
-        found[""] = list(environment(colours, count, Path.cwd()))
-        if not json:
-            for check in found[""]:
+        found[""] = []
+        for check in environment(colours, count, _outputs(), offline):
+            found[""].append(check)
+            if not json:
                 _show(check)
     for location in dict.fromkeys(checkpoints or ()):
         if spaces or family:
@@ -71,6 +75,12 @@ def doctor(
         show.line(f"{show.count(failed, 'failure')}, {show.count(warned, 'warning')}")
     if failed:
         raise typer.Exit(1)
+
+
+def _outputs() -> Path:
+    """Where this command may write, as a run would: the working directory, or the sandbox."""
+    held = box.current()
+    return Path.cwd() if held is None else Path(held.root)
 
 
 def _checkpoint(location: str, offline: bool, threads: int, quiet: bool) -> list[Check]:

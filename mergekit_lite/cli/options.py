@@ -96,3 +96,16 @@ Fetch = Annotated[
         help="Download models on the Hub into its cache, or read them in parts and keep none of their weights.",
     ),
 ]
+
+
+class Form(str, Enum):
+    """What `--log` makes of what a command says on stderr."""
+
+    text = "text"
+    json = "json"
+
+
+Log = Annotated[
+    Form,
+    typer.Option("--log", help="What stderr holds: text and a bar for people, or an event in JSON on each line."),
+]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mergekit_lite.cli import log as log_of
 from mergekit_lite.cli import options, show
 from mergekit_lite.cli.push import as_json as push_json
 from mergekit_lite.cli.push import push_all, tell
@@ -43,6 +44,7 @@ def run(
         typer.Option("--keep-auto-map", help="Keep the entries of configurations that name code of an input."),
     ] = False,
     sandbox: options.Sandbox = None,
+    log: options.Log = options.Form.text,
     json: options.Json = False,
 ) -> None:
     """Merge checkpoints as a recipe says.
@@ -50,6 +52,7 @@ def run(
     The output folder appears when it is whole. A run that stops keeps what it has finished, and the same command with
     --resume goes on to the same bytes. A lock file is a recipe too: running it tells whether the bytes are the same.
     What the recipe says under `push` is published last; if that fails, the output is whole and `merge push` does it.
+    --log json is for machines that keep logs: docs/ci.md has its fields. Exit codes are the same.
     """
     from mergekit_lite import merge
     from mergekit_lite.run.ranks import launched, launched_alone
@@ -78,6 +81,7 @@ def run(
         before = made.warnings
         if not ranks.number:
             show.warnings(before)
+            log_of.planned(made)
         with _resumable(), _display(ranks.number == 0) as progress:
             result = merge.run(
                 made,
@@ -109,7 +113,9 @@ def run(
             show.line(" · ".join(parts))
             for text in fidelity(result.errors.get(output.to, {})):
                 show.line(text)
+    log_of.wrote(made)
     pushed = push_all(made, threads or merge.default_threads())
+    log_of.pushed(pushed)
     if json:
         data = as_json(made, result, [*before, *found])
         show.json(data | ({"pushes": [push_json(done, []) for done in pushed]} if pushed else {}))
@@ -286,6 +292,10 @@ def _resumable() -> Iterator[None]:
 @contextlib.contextmanager
 def _display(wanted: bool) -> Iterator[Callable[[Progress], None]]:
     """What to call with the run's progress: a display on a terminal, nothing elsewhere."""
+    events = log_of.current()
+    if events is not None and wanted:
+        yield events.progress
+        return
     console = show.console(stderr=True)
     if not (wanted and console.is_terminal):
         yield lambda progress: None

@@ -14,7 +14,7 @@ import functools
 import json as jsonlib
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lite.errors import Problem, printable
@@ -27,7 +27,15 @@ from mergekit_lite.redact import redact
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+Listener = Callable[..., None]  # of events: a name, a level, fields
+_listener: Listener | None = None
 WIDE = 100_000  # columns of a console that is no terminal: what is piped is never wrapped
+
+
+def listen(listener: Listener | None) -> None:
+    """Give all talk to `listener`, as events for a log, in place of stderr; None: as text to stderr again."""
+    global _listener
+    _listener = listener
 
 
 @functools.cache
@@ -46,7 +54,11 @@ def console(stderr: bool = False) -> Console:
     """A console for stdout or stderr as they are now. Without colours where they are no terminal or NO_COLOR is set."""
     # Without a colour system rich writes no escape at all, neither colours nor bold.
     colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
-    made = _console_type()(stderr=stderr, markup=False, emoji=False, highlight=False, color_system=colours)
+    # FORCE_COLOR makes a terminal of anything, but not of a log.
+    terminal = False if stderr and _listener is not None else None
+    made = _console_type()(
+        stderr=stderr, markup=False, emoji=False, highlight=False, color_system=colours, force_terminal=terminal
+    )
     if not made.is_terminal:
         made.width = WIDE
     return made
@@ -59,6 +71,9 @@ def line(text: str = "", style: str = "") -> None:
 
 def note(text: str = "", style: str = "") -> None:
     """One line of talk, to stderr."""
+    if _listener is not None:
+        _listener("note", message=text)
+        return
     _line(console(stderr=True), text, style)
 
 
@@ -70,14 +85,23 @@ def text(lines: str) -> None:
 
 
 def json(data: Any) -> None:
-    """The result as JSON, to stdout. The only place that writes JSON: NaN and infinities become null, and everything
-    outside ASCII is escaped."""
+    """The result as JSON, to stdout. With `json_line` the only place that writes JSON: NaN and infinities become null,
+    and everything outside ASCII is escaped."""
     # DEL is the one control character that JSON leaves as it is.
     print(jsonlib.dumps(_plain(data), indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
 
 
+def json_line(data: Any) -> str:
+    """Data as JSON on one line, as `json` writes it."""
+    return jsonlib.dumps(_plain(data), allow_nan=False).replace("\x7f", "\\u007f")
+
+
 def problems(found: Iterable[Problem], kind: str = "error") -> None:
     """Findings to stderr, a blank line between them. `kind` is `error` or `warning`."""
+    if _listener is not None:
+        for problem in found:
+            _listener(kind, kind, **problem.as_json())
+        return
     out = console(stderr=True)
     for place, problem in enumerate(found):
         if place:

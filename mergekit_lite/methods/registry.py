@@ -43,7 +43,12 @@ def method(*params: Param, name: str | None = None, **spec: Any) -> Callable[[Ca
 
 def all_methods() -> Mapping[str, Method]:
     """Every known method by name, in alphabetical order. Raises `InputError` where an installed package is broken."""
-    return _discover()
+    return _discover()[0]
+
+
+def package_of(name: str) -> str:
+    """The distribution that the method called `name` comes from. Raises KeyError and `InputError` as `get` does."""
+    return _discover()[1][name]
 
 
 def get(name: str) -> Method:
@@ -63,7 +68,8 @@ def expand(call: Call | Slot) -> Call | Slot:
 
 
 @functools.cache
-def _discover() -> Mapping[str, Method]:
+def _discover() -> tuple[Mapping[str, Method], Mapping[str, str]]:
+    """The methods by name, and the distribution of each."""
     found: dict[str, Method] = {}
     package = importlib.import_module(__package__ or GROUP)
     for info in pkgutil.iter_modules(package.__path__):
@@ -88,7 +94,7 @@ def _discover() -> Mapping[str, Method]:
                 owners[m.name] = owner
     if problems:
         raise InputError(problems)
-    return MappingProxyType(dict(sorted(found.items())))
+    return MappingProxyType(dict(sorted(found.items()))), MappingProxyType(owners)
 
 
 def _of_entry(loaded: object) -> list[Method]:

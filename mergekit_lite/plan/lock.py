@@ -20,6 +20,7 @@ from blake3 import blake3
 from mergekit_lite.checkpoint.adapter import PREFIX
 from mergekit_lite.checkpoint.meta import Checkpoint, ShardFile
 from mergekit_lite.errors import Problem
+from mergekit_lite.methods.registry import package_of
 from mergekit_lite.plan.model import Plan
 from mergekit_lite.recipe.model import Recipe
 from mergekit_lite.recipe.write import dump, to_yaml
@@ -44,10 +45,7 @@ def lock_text(
     saves = tuple(replace(save, push=None) for save in recipe.saves)
     head = to_yaml(replace(pinned(recipe, plan.checkpoints), saves=saves))
     lock: dict[str, Any] = {
-        "made_with": {
-            **{name: version(name) for name in ("mergekit_lite", "torch", "safetensors")},
-            "python": platform.python_version(),
-        },
+        "made_with": made_with(recipe),
         "plan": plan.digest,
         "set": list(recipe.overrides),
         "inputs": {
@@ -74,6 +72,14 @@ def lock_text(
     }
     note = "# What this run read and wrote. `merge run` on this file makes the same bytes or says what changed."
     return sealed(f"{head}\n{note}\n{dump({'lock': lock})}")
+
+
+def made_with(recipe: Recipe) -> dict[str, str]:
+    """The versions of what a run of the recipe is made with, by name: this program and its libraries, the packages of
+    further methods that the recipe uses, Python."""
+    outside = sorted({package_of(step.use) for step in recipe.steps.values()} - {"mergekit_lite"})
+    names = ("mergekit_lite", "torch", "safetensors", *outside)
+    return {**{name: version(name) for name in names}, "python": platform.python_version()}
 
 
 def errors_of(plan: Plan, figures: Mapping[str, Mapping[str, Sequence[float]]]) -> Errors:

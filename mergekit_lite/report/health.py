@@ -1,4 +1,5 @@
-"""Whether a checkpoint on disk is whole and sound: files, configuration, layers, tied tensors, numbers, lock."""
+"""Whether a checkpoint on disk, or an adapter, is whole and sound: files, configuration, layers, tied tensors, numbers,
+lock."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mergekit_lite.checkpoint.find import INDEX
+from mergekit_lite.checkpoint.find import INDEX, AdapterFound
 from mergekit_lite.checkpoint.header import read_header
 from mergekit_lite.checkpoint.inside import inside, read_object
 from mergekit_lite.checkpoint.meta import DTYPE_CODES, DTYPE_NAMES, Checkpoint, TensorMeta
@@ -16,6 +17,7 @@ from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.errors import InputError, Problem
 from mergekit_lite.family.family import Family, family_of
 from mergekit_lite.family.section import lookup
+from mergekit_lite.report.adapter import adapter_at, look_at, tensors_of
 from mergekit_lite.report.check import FEW, Check, count, fail, failures, few, ok, warn
 from mergekit_lite.report.diff import same_bytes
 from mergekit_lite.report.look import look, open_location, vocabulary
@@ -48,6 +50,9 @@ def health(
         yield from _unfinished(folder)
     try:
         checkpoint = open_location(location, offline)
+    except AdapterFound:
+        yield from _adapter(location, offline, threads, start)
+        return
     except InputError as error:
         told = {problem.message for problem in unreadable}
         rest = [problem for problem in error.problems if problem.message not in told]
@@ -75,6 +80,36 @@ def health(
     except InputError as error:
         yield from failures("weights", error.problems)
     yield from check_lock(folder, threads)
+
+
+def _adapter(location: str, offline: bool, threads: int, start: Callable[[int], Advance]) -> Iterator[Check]:
+    """The checks of an adapter, which has no layers, no vocabulary and no config.json of its own."""
+    try:
+        adapter = adapter_at(location, offline)
+    except InputError as error:
+        yield from failures("adapter", error.problems)
+        if (folder := Path(os.path.abspath(os.path.expanduser(location)))).is_dir():
+            yield from check_lock(folder, threads)
+        return
+    seen, metas = look_at(adapter), {meta.name: meta for meta in tensors_of(adapter)}
+    checkpoint = Checkpoint(location, adapter.revision, adapter.folder, {}, metas, adapter.files)
+    yield ok("weights", f"{count(seen.tensors, 'tensor')}, {count(adapter.files[0].nbytes, 'byte')}, valid header")
+    yield ok("adapter", f"{seen.kind}, {count(sum(seen.modules.values()), 'module')}, each with all its parts")
+    odd = [name for name, low in adapter.low_rank.items() if low.b.shape[1:2] != low.a.shape[:1]]
+    if odd:
+        yield fail("ranks", f"the two factors do not have one rank: {few(odd)}", "download or save the adapter again")
+    elif seen.ranks:
+        yield ok("ranks", ", ".join(map(str, seen.ranks)))
+    if seen.base is None:
+        hint = "`base_model_name_or_path` of adapter_config.json tells it to whoever loads the adapter"
+        yield warn("base", "the adapter does not say which model it was made for", hint)
+    else:
+        yield ok("base", f"made for `{seen.base}`")
+    try:
+        yield _numbers(checkpoint, threads, start)
+    except InputError as error:
+        yield from failures("weights", error.problems)
+    yield from check_lock(adapter.folder, threads)
 
 
 def _ignore(nbytes: int) -> None:

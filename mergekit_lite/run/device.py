@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -35,6 +36,32 @@ def find_device(name: str) -> torch.device:
         what = f"torch sees {count} of them" if count else "torch sees none, or was built without CUDA"
         raise UsageError(f"there is no GPU `{name}`: {what}", hint="leave out `--device`, or install torch with CUDA")
     return torch.device("cuda", number)
+
+
+@dataclass(frozen=True, slots=True)
+class Graphics:
+    """The GPUs that torch can use, each in words; the version of CUDA that torch was built for, None where for none,
+    and the newest one that the driver knows, None where it does not say."""
+
+    names: tuple[str, ...]
+    built_for: str | None
+    driver_for: str | None
+
+
+def graphics() -> Graphics:
+    """What torch sees of GPUs. Nothing is left on them but what asking for their memory takes."""
+    built_for = torch.version.cuda or getattr(torch.version, "hip", None)
+    if built_for is None:
+        return Graphics((), None, None)
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
+    names: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of an old driver, and so does the caller
+        known = ask() if ask is not None else 0
+        for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            free, total = torch.cuda.mem_get_info(number)
+            names.append(f"{torch.cuda.get_device_name(number)}, {free / 1e9:.1f} GB free of {total / 1e9:.1f} GB")
+    return Graphics(tuple(names), built_for, f"{known // 1000}.{known % 1000 // 10}" if known else None)
 
 
 def lane(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

@@ -3,7 +3,8 @@
 A file is taken for the same one if device, inode, size, mtime and ctime are the same: no program can write to a file,
 or set its mtime back, and leave its ctime as it was. Clocks of file systems are coarse, so that a write right after the
 digest could leave no trace; therefore a digest is remembered only of files that had been at rest for a while when it
-was begun. A recipe's lock is never held against what is remembered.
+was begun. A run never holds a lock against what is remembered; `merge plan --check`, which reads no weights if it
+can, does.
 """
 
 from __future__ import annotations
