@@ -8,10 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from mergekit_lite.checkpoint.gguf import SUFFIX, gguf_files, open_gguf, parts_of
 from mergekit_lite.checkpoint.header import Header, read_header
 from mergekit_lite.checkpoint.hub import Unreachable, cached, fetch, fetch_beside, is_hub_id, is_offline, look
 from mergekit_lite.checkpoint.inside import inside, is_plain_name, read_object
 from mergekit_lite.checkpoint.meta import Checkpoint, Remote, TensorMeta
+from mergekit_lite.checkpoint.quantized import with_numbers
 from mergekit_lite.checkpoint.remote import read_headers
 from mergekit_lite.errors import InputError, Mark, Problem, did_you_mean
 
@@ -39,7 +41,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """The checkpoint at `location`: an existing folder or .safetensors file, otherwise a Hub id with its `revision`.
 
-    A folder holds model.safetensors, or shards with an index, or nothing but a consistent set of .safetensors files.
+    A folder holds model.safetensors, or shards with an index, or nothing but a consistent set of .safetensors files, or
+    one GGUF model; such a file may be named too. FP8 weights with scales beside them are read as numbers.
     `pickled` reads pytorch_model.bin or its shards too, where there is none of those, and a .bin or .pt file by name.
     The checkpoint's `revision` is the commit that a Hub model was resolved to. `offline` looks at the Hub's cache only.
     `stream` downloads no weights: headers that the cache lacks are read by ranges, and the shards are `remote`. Raises
@@ -61,6 +64,11 @@ def _open(location: str, revision: str | None, offline: bool, pickled: bool, str
         if revision is not None:
             hint = f"leave out `@{revision}`, or rename the folder if the model on the Hub is meant"
             raise InputError(f"`{location}` is on this disk, where there are no revisions", hint=hint)
+        if path.suffix == SUFFIX and not path.is_dir():
+            shown = str(Path(location).parent)
+            return open_gguf(location, path.parent, parts_of(path.name), shown, linked=True)
+        if path.is_dir() and (found := gguf_files(path, location)) is not None:
+            return open_gguf(location, path, found, location)
         if path.is_dir():
             return _read(location, None, path, _list_folder(path, location, pickled), location)
         if path.suffix != ".safetensors" and not (pickled and path.suffix in _PICKLES):
@@ -237,6 +245,7 @@ def _checkpoint(
     config = {}
     if os.path.lexists(folder / "config.json"):
         config = read_object(inside(folder, "config.json"), _MAX_CONFIG_BYTES)
+    config, tensors = with_numbers(config, tensors)
     return Checkpoint(
         location=location,
         revision=revision,

@@ -217,6 +217,6 @@ def fault_of(table: Table, name: str, mark: Mark, base: bool) -> Problem | None:
     """What makes a table unfit to be the base of an adapter, or what it leads to."""
     if base and table.space != "weight":
         return Problem(f"`{name}` is a delta and cannot be the base of an adapter", mark, "name a model")
-    if table.quantized:
-        return Problem(f"`{name}` is quantised: its numbers are codes", mark, "name one in bfloat16")
+    if table.quantized is not None:
+        return Problem(f"`{name}` {table.quantized.says}", mark, table.quantized.hint)
     return None

@@ -86,7 +86,8 @@ class OutTensor:
     @property
     def copied(self) -> bool:
         """True where the stored bytes of an input are the output's bytes."""
-        return self.node.load is not None and self.node.load.dtype == self.dtype
+        load = self.node.load
+        return load is not None and load.dtype == self.dtype and load.packed is None
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,7 +162,7 @@ def rounds_of(nodes: Iterable[Node]) -> int:
 def input_bytes(units: Sequence[Unit]) -> int:
     """Bytes of all stored tensors that the units read, each once."""
     loads = {n.id: n.load for unit in units for n in unit.nodes if n.load is not None}
-    return sum(meta.nbytes for meta in loads.values())
+    return sum(part.nbytes for meta in loads.values() for part in meta.parts)
 
 
 def _pass_bytes(nodes: Sequence[Node], numel: int) -> int:
@@ -183,4 +183,9 @@ def _pass_bytes(nodes: Sequence[Node], numel: int) -> int:
 
 def load_bytes(node: Node, numel: int) -> int:
     """Stored bytes of `numel` elements of a loaded tensor; 0 for other nodes."""
-    return 0 if node.load is None else numel * DTYPE_BITS[node.load.dtype] // 8
+    load = node.load
+    if load is None:
+        return 0
+    if load.packed is not None:
+        return sum(part.nbytes for part in load.parts) * numel // max(1, load.numel)
+    return numel * DTYPE_BITS[load.dtype] // 8

@@ -59,9 +59,9 @@ def make_outputs(
         elif table.space != "weight":
             hint = "add it to its base first: `use: add`, or save it as an adapter: `as: lora`"
             problems.append(Problem(f"`{step}` is a delta, not a model to save", save.mark, hint))
-        elif table.quantized and save.dtype is not None:
+        elif table.quantized is not None and save.dtype is not None:
             hint = "leave out `dtype`: the tensors are copied as they are"
-            problems.append(Problem(f"`{step}` is quantised: its numbers are codes", save.mark, hint))
+            problems.append(Problem(f"`{step}` {table.quantized.says}", save.mark, hint))
         elif not table.nodes:
             problems.append(Problem(f"`{step}` has no tensors", save.mark, "look at its inputs with `merge inspect`"))
         else:

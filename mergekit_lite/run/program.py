@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mergekit_lite.checkpoint.meta import DTYPE_NAMES, TensorMeta
 from mergekit_lite.errors import MergeError
@@ -17,6 +17,9 @@ from mergekit_lite.plan.order import beside, row_length, walk
 from mergekit_lite.plan.words import count
 from mergekit_lite.run.copy import ByteSource
 from mergekit_lite.run.gather import Gather, Remap
+
+if TYPE_CHECKING:
+    from mergekit_lite.checkpoint.unpack import Unpacker
 
 Stats = dict[int, Any]  # node id -> what its measure found for this tensor
 
@@ -34,6 +37,13 @@ class Loads(Protocol):
         ...
 
 
+def unpacker(source: ByteSource) -> Unpacker:
+    """What works out the numbers of packed tensors. It needs torch from the start."""
+    from mergekit_lite.checkpoint.unpack import Unpacker
+
+    return Unpacker(source)
+
+
 @dataclass(slots=True)
 class Loader:
     """Stored numbers in the dtype of the arithmetic. Reads by way of one buffer, which stays in a core's cache. For one
@@ -43,6 +53,7 @@ class Loader:
     compute: torch.dtype
     _raw: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     _views: dict[tuple[torch.dtype, int], tuple[Tensor, memoryview]] = field(default_factory=dict)
+    _unpacker: Unpacker | None = None
 
     @property
     def device(self) -> torch.device:
@@ -50,6 +61,9 @@ class Loader:
 
     def load(self, meta: TensorMeta, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a tensor, flat, in memory of their own."""
+        if meta.packed is not None:
+            self._unpacker = self._unpacker or unpacker(self.source)
+            return self._unpacker.load(meta, start, stop).to(self.compute)
         dtype: torch.dtype = getattr(torch, DTYPE_NAMES[meta.dtype])
         size = dtype.itemsize
         if dtype == self.compute:
