@@ -35,6 +35,8 @@ class Unpacker:
         """Elements [start, stop) of a packed tensor in float32, flat, in memory of their own. Bits depend neither on
         where a part begins nor on where it ends."""
         assert meta.packed is not None
+        if start == stop:
+            return torch.empty(0)
         if meta.packed.scale is not None:
             return self._scaled(meta, meta.packed, meta.packed.scale, start, stop)
         out = torch.empty(stop - start, dtype=torch.float32)
@@ -66,7 +68,7 @@ class Unpacker:
         if known is None:
             raw = torch.from_numpy(self._bytes(scale, 0, scale.nbytes))
             known = self._scales[scale] = raw.view(TORCH_DTYPES[scale.dtype]).to(torch.float32)
-        if known.numel() == 1 or start == stop:
+        if known.numel() == 1:
             return values.mul_(known)
         width, height = meta.shape[-1], meta.shape[-2]
         down, across = -(-height // packed.block[0]), -(-width // packed.block[1])
