@@ -54,7 +54,7 @@ def grain_of(nodes: Iterable[Node]) -> int:
         if node.reach == "matrix":
             whole = max(1, whole, node.numel)
         elif node.reach == "row" and node.method is not None:
-            grain = math.lcm(grain, row_length(node))
+            grain = math.lcm(grain, row_length(node) * node.method.rows)
     return whole or grain * max(1, GRAIN // grain)
 
 

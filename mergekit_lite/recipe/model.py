@@ -118,7 +118,8 @@ class Tokenizer:
 class Save:
     """One output folder. `step` None means: the only step that no other uses. `to` None means: `--out` gives it.
     `dtype` None keeps the stored dtypes. `shard` is the most bytes of tensors in one file. With `lora` an adapter is
-    saved, not a model. `push` None publishes nothing, `tokenizer` None leaves the vocabulary as it is."""
+    saved, not a model. `push` None publishes nothing, `tokenizer` None leaves the vocabulary as it is. With `quantize`,
+    `fp8`, weights of linear layers are stored in FP8 with scales."""
 
     step: Ref | None
     to: str | None
@@ -128,6 +129,7 @@ class Save:
     lora: AsLora | None = None
     push: Push | None = None
     tokenizer: Tokenizer | None = None
+    quantize: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
