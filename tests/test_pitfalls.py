@@ -192,8 +192,9 @@ def test_2_codes_of_fp8_are_multiplied_by_their_scales(config: Mapping[str, Any]
         save_file({name: codes, f"{name}_scale_inv": scale}, Path(place, WEIGHTS))
         Path(place, "config.json").write_text(json.dumps({"model_type": "llama", **config}))
         products.append(codes.float() * scale)
+    both = 0.25 * products[0] + 0.75 * products[1]
     for text, expected in (
-        (f"version: 1\nmodels: {{a: ./a, b: ./b}}\nsteps: {{{LINEAR}}}\nsave: {{to: out}}\n", 0.25 * products[0] + 0.75 * products[1]),
+        (f"version: 1\nmodels: {{a: ./a, b: ./b}}\nsteps: {{{LINEAR}}}\nsave: {{to: out}}\n", both),
         ("version: 1\nmodels: {a: ./a}\nsave: {step: a, to: out}\n", products[0]),
         ("version: 1\nmodels: {a: ./a}\nsteps: {m: {use: stack, of: [a]}}\nsave: {to: out}\n", products[0]),
         ("version: 1\nmodels: {a: ./a}\nsave: {step: a, to: out, dtype: bfloat16}\n", products[0].bfloat16()),
