@@ -304,7 +304,7 @@ def _siblings(path: Path, location: str) -> str | None:
     """What stands in the parent folder that `location` may have meant; None where that folder does not exist."""
     try:
         with os.scandir(path.parent) as entries:
-            names = sorted(e.name for e in entries if e.name.endswith(".safetensors") or e.is_dir())
+            names = sorted(e.name for e in entries if e.name.endswith((".safetensors", SUFFIX)) or e.is_dir())
     except OSError:
         return None
     parent = os.path.dirname(location)

@@ -23,7 +23,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from mergekit_lite import InputError, load_recipe, merge_in_memory, plan, run
+from mergekit_lite import InputError, InterruptedRun, load_recipe, merge_in_memory, plan, run
 from mergekit_lite.cli.app import execute
 from mergekit_lite.recipe.read import parse
 from mergekit_lite.recipe.write import to_yaml
@@ -168,6 +168,25 @@ def test_the_same_bytes(tmp_path: Path, name: str) -> None:
         if f"{key}_scale_inv" in shards:
             assert torch.equal(shards[key].float(), by_hand(value)[0].float())
     assert execute(["verify", str(tmp_path / "shards")]) == 0
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    """To the same bytes, and to the same errors, though parts of them were found before."""
+    write_models(tmp_path)
+    whole = merged(recipe(tmp_path, ", quantize: fp8", to="whole"))
+    seen = itertools.count()
+
+    def stop(progress: Any) -> None:
+        if next(seen) == 12:
+            raise KeyboardInterrupt
+
+    path = recipe(tmp_path, ", quantize: fp8")
+    with pytest.raises(InterruptedRun):
+        merged(path, progress=stop)
+    result = merged(path, resume=True)
+    assert 10 < result.resumed < len(plan(load_recipe(path), check_output=False).units)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert list(result.errors.values()) == list(whole.errors.values())
 
 
 def test_what_is_saved_is_read_again(tmp_path: Path) -> None:
