@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -143,14 +144,13 @@ def test_1_configuration_and_tokenizer_are_those_of_the_first_model(tiny_checkpo
 @pytest.mark.parametrize(
     "config",
     [
-        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
-        {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
-        {},
+        {"quantization_config": {"quant_method": "gptq", "bits": 8}},
+        {"text_config": {"quantization_config": {"quant_method": "torchao"}}},
     ],
-    ids=["configured", "configured for the text part", "told by the scales alone"],
+    ids=["configured", "configured for the text part"],
 )
 def test_2_codes_are_not_numbers(config: Mapping[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """8-bit codes must not be averaged, nor be cast without their scales: they are refused or copied byte for byte."""
+    """Codes must not be averaged, nor be cast: they are refused or copied byte for byte."""
     for name in "ab":
         Path(name).mkdir()
         codes = torch.randn(128, 128).to(torch.float8_e4m3fn)
@@ -170,6 +170,40 @@ def test_2_codes_are_not_numbers(config: Mapping[str, Any], capsys: pytest.Captu
     ours, theirs = load_file(Path("out", WEIGHTS)), load_file(Path("a", WEIGHTS))
     assert {name: value.dtype for name, value in ours.items()} == {name: v.dtype for name, v in theirs.items()}
     assert all(torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+        {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
+        {},
+    ],
+    ids=["configured", "configured for the text part", "told by the scales alone"],
+)
+def test_2_codes_of_fp8_are_multiplied_by_their_scales(config: Mapping[str, Any]) -> None:
+    """Where scales are stored beside 8-bit codes, what is averaged, cast or copied are the products."""
+    name = "model.layers.0.q.weight"
+    products = []
+    for number, place in enumerate("ab"):
+        Path(place).mkdir()
+        codes = torch.randn(128, 128, generator=torch.Generator().manual_seed(number)).to(torch.float8_e4m3fn)
+        scale = torch.tensor([[0.5 + number]])
+        save_file({name: codes, f"{name}_scale_inv": scale}, Path(place, WEIGHTS))
+        Path(place, "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+        products.append(codes.float() * scale)
+    both = 0.25 * products[0] + 0.75 * products[1]
+    for text, expected in (
+        (f"version: 1\nmodels: {{a: ./a, b: ./b}}\nsteps: {{{LINEAR}}}\nsave: {{to: out}}\n", both),
+        ("version: 1\nmodels: {a: ./a}\nsave: {step: a, to: out}\n", products[0]),
+        ("version: 1\nmodels: {a: ./a}\nsteps: {m: {use: stack, of: [a]}}\nsave: {to: out}\n", products[0]),
+        ("version: 1\nmodels: {a: ./a}\nsave: {step: a, to: out, dtype: bfloat16}\n", products[0].bfloat16()),
+    ):
+        assert execute(["run", str(write(text))]) == 0
+        found = load_file(Path("out", WEIGHTS))
+        assert found.keys() == {name} and found[name].dtype == expected.dtype and torch.equal(found[name], expected)
+        assert "quantization_config" not in Path("out", "config.json").read_text()
+        shutil.rmtree("out")
 
 
 def test_3_a_deeper_qwen3_has_a_type_for_every_layer() -> None:

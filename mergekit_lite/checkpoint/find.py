@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from mergekit_lite.checkpoint.gguf import SUFFIX, gguf_files, open_gguf, parts_of
 from mergekit_lite.checkpoint.header import Header, read_header
 from mergekit_lite.checkpoint.hub import Unreachable, cached, fetch, fetch_beside, is_hub_id, is_offline, look
 from mergekit_lite.checkpoint.inside import inside, is_plain_name, read_object
 from mergekit_lite.checkpoint.masks import split_task, with_masks
 from mergekit_lite.checkpoint.meta import Checkpoint, Remote, TensorMeta
+from mergekit_lite.checkpoint.quantized import with_numbers
 from mergekit_lite.checkpoint.remote import read_headers
 from mergekit_lite.errors import InputError, Mark, Problem, did_you_mean
 
@@ -41,7 +43,8 @@ def open_checkpoint(
     """The checkpoint at `location`: an existing folder or .safetensors file, otherwise a Hub id with its `revision`;
     with `#TASK` behind it the model of that task in a mask store.
 
-    A folder holds model.safetensors, or shards with an index, or nothing but a consistent set of .safetensors files.
+    A folder holds model.safetensors, or shards with an index, or nothing but a consistent set of .safetensors files, or
+    one GGUF model; such a file may be named too. FP8 weights with scales beside them are read as numbers.
     `pickled` reads pytorch_model.bin or its shards too, where there is none of those, and a .bin or .pt file by name.
     The checkpoint's `revision` is the commit that a Hub model was resolved to. `offline` looks at the Hub's cache only.
     `stream` downloads no weights: headers that the cache lacks are read by ranges, and the shards are `remote`. Raises
@@ -65,6 +68,11 @@ def _open(location: str, revision: str | None, offline: bool, pickled: bool, str
         if revision is not None:
             hint = f"leave out `@{revision}`, or rename the folder if the model on the Hub is meant"
             raise InputError(f"`{location}` is on this disk, where there are no revisions", hint=hint)
+        if path.suffix == SUFFIX and not path.is_dir():
+            shown = str(Path(location).parent)
+            return open_gguf(location, path.parent, parts_of(path.name), shown, linked=True)
+        if path.is_dir() and (found := gguf_files(path, location)) is not None:
+            return open_gguf(location, path, found, location)
         if path.is_dir():
             return _read(location, None, path, _list_folder(path, location, pickled), location)
         if path.suffix != ".safetensors" and not (pickled and path.suffix in _PICKLES):
@@ -241,6 +249,7 @@ def _checkpoint(
     config = {}
     if os.path.lexists(folder / "config.json"):
         config = read_object(inside(folder, "config.json"), _MAX_CONFIG_BYTES)
+    config, tensors = with_numbers(config, tensors)
     return Checkpoint(
         location=location,
         revision=revision,
@@ -299,7 +308,7 @@ def _siblings(path: Path, location: str) -> str | None:
     """What stands in the parent folder that `location` may have meant; None where that folder does not exist."""
     try:
         with os.scandir(path.parent) as entries:
-            names = sorted(e.name for e in entries if e.name.endswith(".safetensors") or e.is_dir())
+            names = sorted(e.name for e in entries if e.name.endswith((".safetensors", SUFFIX)) or e.is_dir())
     except OSError:
         return None
     parent = os.path.dirname(location)

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoint.meta import DTYPE_CODES, Checkpoint, TensorMeta
+from mergekit_lite.checkpoint.quantized import with_numbers
 from mergekit_lite.errors import InputError
 
 
 def memory_checkpoint(name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint of one state dict, called `name`. Raises InputError for a dtype that no checkpoint stores."""
+    """The checkpoint of one state dict, called `name`. Raises InputError for a dtype that no checkpoint stores, and
+    as `with_numbers` does."""
     metas: dict[str, TensorMeta] = {}
     for key, tensor in tensors.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -21,6 +23,7 @@ def memory_checkpoint(name: str, tensors: Mapping[str, Tensor], config: Mapping[
             raise InputError(f"`{key}` of `{name}` has the dtype {dtype}", hint="convert it to a floating dtype first")
         nbytes = tensor.numel() * tensor.element_size()
         metas[key] = TensorMeta(key, tuple(tensor.shape), DTYPE_CODES[dtype], name, 0, nbytes)
+    config, metas = with_numbers(config, metas)
     return Checkpoint(name, None, None, config, metas, ())
 
 

@@ -34,8 +34,27 @@ MERGEABLE = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """How the numbers of a tensor lie in its file where they are worked out as they are read.
+
+    `kind` is what is stored: a safetensors code, or a type of GGUF such as `Q4_K`, of which `group` says how many
+    numbers take how many bytes. `saved` is the dtype that an output gets where the recipe names none. Numbers of FP8
+    are multiplied by `scale`, one for each block of `block` rows and columns, a scalar for all. With `heads` the rows
+    of each of so many heads lie in the order of llama.cpp, pairs of the two halves.
+    """
+
+    kind: str
+    saved: str
+    scale: TensorMeta | None = None
+    block: tuple[int, int] = (1, 1)
+    group: tuple[int, int] = (1, 1)
+    heads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TensorMeta:
-    """One tensor of a checkpoint: `file` is the shard's path, `start` the absolute offset of its first byte in it."""
+    """One tensor of a checkpoint: `file` is the shard's path, `start` the absolute offset of its first byte in it. With
+    `packed` the numbers are not stored as `dtype`, but come out in it, always `F32`; `nbytes` are those stored."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,10 +62,26 @@ class TensorMeta:
     file: str
     start: int
     nbytes: int
+    packed: Packed | None = None
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def stored(self) -> str:
+        """What lies in the file: a safetensors code or a type of GGUF."""
+        return self.dtype if self.packed is None else self.packed.kind
+
+    @property
+    def saved(self) -> str:
+        """The dtype that an output keeps where the recipe names none."""
+        return self.dtype if self.packed is None else self.packed.saved
+
+    @property
+    def parts(self) -> tuple[TensorMeta, ...]:
+        """The stored tensors that it takes to read this one: itself, and its scales."""
+        return (self,) if self.packed is None or self.packed.scale is None else (self, self.packed.scale)
 
 
 @dataclass(frozen=True, slots=True)

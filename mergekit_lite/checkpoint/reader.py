@@ -82,7 +82,7 @@ class Reader(Closing):
         return tuple(path for path, (first, latest) in self._ctimes.items() if first != latest)
 
     def read(self, meta: TensorMeta, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Elements [start, stop) of the flattened tensor, 1-D in its stored dtype, which must be one of TORCH_DTYPES.
+        """Elements [start, stop) of the flattened tensor, 1-D in its dtype, which must be one of TORCH_DTYPES.
 
         `out`, where given, is a contiguous CPU tensor of that dtype and of `stop - start` elements; it is filled and
         returned. Raises InputError where the file changed or cannot be read.
@@ -97,6 +97,10 @@ class Reader(Closing):
             out = torch.empty(stop - start, dtype=dtype)
         elif out.dtype != dtype or out.numel() != stop - start or not out.is_contiguous() or out.device.type != "cpu":
             raise ValueError(f"`out` is no contiguous CPU tensor of {stop - start} elements of {dtype}")
+        if meta.packed is not None:
+            from mergekit_lite.checkpoint.unpack import Unpacker
+
+            return out.view(-1).copy_(Unpacker(self).load(meta, start, stop))
         if stop > start:
             size = dtype.itemsize
             buffer = out.view(-1).view(torch.uint8).numpy().data  # as bytes, since numpy lacks BF16 and FP8

@@ -114,7 +114,7 @@ def _adapter(location: str, offline: bool, tensors: bool, json: bool) -> None:
     seen = look_at(opened)
     metas = list(tensors_of(opened))
     if json:
-        listed = [{"name": m.name, "shape": m.shape, "dtype": m.dtype, "bytes": m.nbytes} for m in metas]
+        listed = [{"name": m.name, "shape": m.shape, "dtype": m.stored, "bytes": m.nbytes} for m in metas]
         show.json(seen.as_json() | ({"list": listed} if tensors else {}))
         return
     modules = ", ".join(f"{count} {name}" for name, count in seen.modules.items())
@@ -136,7 +136,7 @@ def _adapter(location: str, offline: bool, tensors: bool, json: bool) -> None:
     if tensors:
         show.line()
         columns = ["tensor", "shape", "dtype", "bytes"]
-        show.table(columns, [[m.name, show.shape(m.shape), m.dtype, f"{m.nbytes:,}"] for m in metas], right=["bytes"])
+        show.table(columns, [[m.name, show.shape(m.shape), m.stored, f"{m.nbytes:,}"] for m in metas], right=["bytes"])
 
 
 def _spaces(opened: Checkpoint, family: str | None) -> Sequence[Space]:
@@ -198,7 +198,7 @@ def _table(opened: Checkpoint, tensors: bool, found: Mapping[str, Stats | None] 
     columns += STATS if found is not None else []
     rows = []
     for meta in opened.tensors.values():
-        row = [meta.name, show.shape(meta.shape), meta.dtype]
+        row = [meta.name, show.shape(meta.shape), meta.stored]
         row += [f"{meta.nbytes:,}", Path(meta.file).name] if tensors else []
         row += _cells(found[meta.name]) if found is not None else []
         rows.append(row)
@@ -226,7 +226,7 @@ def _as_json(
     if tensors or found is not None:
         entries: list[dict[str, object]] = []
         for meta in opened.tensors.values():
-            entry: dict[str, object] = {"name": meta.name, "shape": meta.shape, "dtype": meta.dtype}
+            entry: dict[str, object] = {"name": meta.name, "shape": meta.shape, "dtype": meta.stored}
             entry |= {"bytes": meta.nbytes, "shard": Path(meta.file).name}
             if found is not None:
                 stats = found[meta.name]

@@ -111,7 +111,7 @@ def run(
                 f"lock {Path(output.to) / 'recipe.lock.yaml'}",
             ]
             show.line(" · ".join(parts))
-            for text in fidelity(result.errors.get(output.to, {})):
+            for text in fidelity(result.errors.get(output.to, {}), output.adapter is not None):
                 show.line(text)
     log_of.wrote(made)
     pushed = push_all(made, threads or merge.default_threads())
@@ -169,8 +169,9 @@ def _causes(result: Result) -> tuple[dict[str, int], dict[str, int]]:
     return passed, made
 
 
-def fidelity(errors: Mapping[str, tuple[float, float]]) -> list[str]:
-    """How near an adapter comes to the change that it stands for, in lines; nothing where there is none."""
+def fidelity(errors: Mapping[str, tuple[float, float]], adapter: bool) -> list[str]:
+    """How near an adapter comes to the change that it stands for, or FP8 to the weights, in lines; nothing where there
+    is none."""
     if not errors:
         return []
     from mergekit_lite.plan.lock import relative
@@ -181,7 +182,8 @@ def fidelity(errors: Mapping[str, tuple[float, float]]) -> list[str]:
     shown = ", ".join(f"{error:.3g} {name}" for name, error in worst)
     more = f" and {len(modules) - SHOWN} more in the lock" if len(modules) > SHOWN else ""
     whole = "not a number" if found["all"] is None else f"{found['all']:.3g}"
-    lines = [f"error {whole} of the norm of the change, in {show.count(len(errors), 'module')}"]
+    what = "change" if adapter else "weights"
+    lines = [f"error {whole} of the norm of the {what}, in {show.count(len(errors), 'module')}"]
     return [*lines, f"largest: {shown}{more}"] if shown else lines
 
 

@@ -166,6 +166,7 @@ class Method:
     bit for bit, or None. For both, `inputs` counts `xs`, the base included.
     A method that `gathers` takes whole rows of one of its inputs in an order that its statistic gives; the engine reads
     them in that order and `fn` is only the plain form.
+    A method with row reach gets `rows` of them together, from a multiple of that number on; the last may be fewer.
     `beside(params)` is for a method with row reach whose inputs after the first have shapes of their own: how each of
     them is read for a block of rows. They come to `fn` as matrices, in the compute dtype.
     `plain` says of an element method that `fn` uses nothing of the blocks but `x * number`, `x - y`, `add_`, `clone`,
@@ -197,6 +198,7 @@ class Method:
     plain: bool = False
     shape: Callable[[Sequence[tuple[int, ...]]], tuple[int, ...]] | None = None
     row_axis: Literal["first", "last"] = "last"
+    rows: int = 1
     gathers: bool = False
     without: Callable[..., Any] | None = None
     fits: Callable[[Sequence[tuple[int, ...]]], str | None] | None = None

@@ -27,9 +27,10 @@ def adapted(
         return table, []
     if not checkpoint.location:
         return alone(builder, name, adapter, table, mark)
-    if table.quantized:
+    if table.quantized is not None:
         hint = "name the base in bfloat16: an adapter that was trained on a quantised copy fits it too"
-        return table, [Problem(f"`{checkpoint.location}` is quantised and cannot take an adapter", mark, hint)]
+        message = f"`{checkpoint.location}` {table.quantized.says}, and it cannot take an adapter"
+        return table, [Problem(message, mark, hint)]
     tied = dict(table.family.tied)
     adapter = _once(adapter, tied)
     found, lost = places(_wanted(adapter), [*checkpoint.tensors, *tied, *tied.values()])

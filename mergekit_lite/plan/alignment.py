@@ -164,9 +164,9 @@ def _mean(
 def _unfit(step: Step, sources: Sequence[Source], named: Mapping[str, Source]) -> list[Problem]:
     problems: list[Problem] = []
     for source in [*sources, *named.values()]:
-        if source.table.quantized:
-            hint = "save it in bfloat16 first (transformers: `model.dequantize()`), then merge"
-            problems.append(Problem(f"`{source.name}` is quantised: its numbers are codes", source.mark, hint))
+        codes = source.table.quantized
+        if codes is not None:
+            problems.append(Problem(f"`{source.name}` {codes.says}", source.mark, codes.hint))
     like = named.get("like")
     if like is not None and like.table.space != sources[0].table.space:
         hint = "match whole models; a delta takes the permutations of that step with `from`"

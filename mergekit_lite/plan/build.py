@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite.checkpoint.meta import Checkpoint, TensorMeta
+from mergekit_lite.checkpoint.quantized import refused
 from mergekit_lite.errors import Problem, RecipeError
 from mergekit_lite.family.family import Family, family_of
 from mergekit_lite.methods.registry import all_methods
@@ -29,9 +30,6 @@ from mergekit_lite.plan.vocabulary import models_named, remap
 from mergekit_lite.recipe.links import unused_steps
 from mergekit_lite.recipe.model import Recipe, Ref, Step
 from mergekit_lite.recipe.value import Curve, Value
-
-# What the names of 8-bit weights are followed by in those of their scales.
-SCALES = ("_scale", "_scale_inv")
 
 
 def build_plan(
@@ -178,26 +176,13 @@ def model_table(
     table = Table(
         space="weight",
         nodes={key: builder.load(meta) for key, meta in metas.items()},
-        dtypes={key: meta.dtype for key, meta in metas.items()},
+        dtypes={key: meta.saved for key, meta in metas.items()},
         donor=name,
         config=checkpoint.config,
         family=family,
-        quantized=is_quantized(checkpoint),
+        quantized=refused(checkpoint.config, checkpoint.folder),
     )
     return table, tied
-
-
-def is_quantized(checkpoint: Checkpoint) -> bool:
-    """Whether the numbers are codes that need scales: the configuration says so, its part for text may say so, or
-    8-bit tensors have scales beside them."""
-    parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, Mapping))]
-    if any(part.get("quantization_config") for part in parts):
-        return True
-    tensors = checkpoint.tensors
-    return any(
-        meta.dtype.startswith("F8") and any(f"{name}{end}" in tensors for end in SCALES)
-        for name, meta in tensors.items()
-    )
 
 
 def in_order(recipe: Recipe, methods: Mapping[str, Method]) -> list[Step]:

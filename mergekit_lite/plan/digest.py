@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mergekit_lite.checkpoint.meta import Checkpoint
+from mergekit_lite.checkpoint.meta import Checkpoint, Packed
 from mergekit_lite.plan.model import Alignment, Node, Output, Unit
 from mergekit_lite.plan.order import GRAIN, walk
 from mergekit_lite.recipe.model import Recipe
@@ -55,6 +55,8 @@ def plan_digest(
             load, method = node.load, node.method
             if load is not None:
                 texts.append(f"{files.get(load.file, '((')}{load.name!r}, {load.dtype!r}), {shown})")
+                if load.packed is not None:
+                    texts.append(_packed(load.packed, files))
             elif method is not None:
                 use = uses.get((method.name, node.pool, id(node.params)))
                 if use is None:
@@ -74,3 +76,10 @@ def plan_digest(
         what = (name, alignment.use, alignment.params, alignment.digest, spaces)
         digest.update(repr((what, [place[node.id] for node in alignment.nodes])).encode())
     return digest.hexdigest()
+
+
+def _packed(packed: Packed, files: Mapping[str, str]) -> str:
+    """How the numbers of a load are worked out."""
+    scale = packed.scale
+    beside = None if scale is None else (files.get(scale.file), scale.name, scale.dtype, scale.shape)
+    return repr((packed.kind, packed.block, packed.group, packed.heads, beside))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_lite.checkpoint.meta import TensorMeta
+from mergekit_lite.checkpoint.quantized import Codes
 from mergekit_lite.family.family import Family
 from mergekit_lite.methods.permute import permuted
 from mergekit_lite.methods.random import Keys
@@ -22,7 +23,7 @@ class Table:
 
     `space` is `weight` or `delta`; `dtypes` are the stored dtypes (safetensors codes) that a save without `dtype`
     keeps. `donor` is the model that gives configuration and tokenizer, `config` its config.json with a change of depth
-    applied. `quantized` tells that the numbers are codes that need scales, fit for copying only.
+    applied. `quantized` tells of numbers that are codes, fit for copying only.
     """
 
     space: str
@@ -31,7 +32,7 @@ class Table:
     donor: str
     config: Mapping[str, Any]
     family: Family
-    quantized: bool = False
+    quantized: Codes | None = None
 
 
 class PoolConflict(Exception):

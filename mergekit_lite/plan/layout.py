@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from mergekit_lite.checkpoint.meta import DTYPE_BITS, MERGEABLE
 from mergekit_lite.checkpoint.writer import encode_header
+from mergekit_lite.methods.fp8 import BLOCK
 from mergekit_lite.plan.graph import Table
 from mergekit_lite.plan.model import Node, Output, OutShard, OutTensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SCALE = "_scale_inv"  # what the name of an FP8 weight is followed by in that of its scales
+Places = Mapping[str, tuple[tuple[str, str, tuple[int, ...], int], int]]
 # Names of dtypes as recipes write them -> safetensors codes.
 SAVE_DTYPES: Mapping[str, str] = {
     "float64": "F64",
@@ -23,11 +27,23 @@ SAVE_DTYPES: Mapping[str, str] = {
 }
 
 
-def build_output(to: str, step: str, table: Table, dtype: str | None, shard: int, recipe_text: str) -> Output:
+def build_output(
+    to: str,
+    step: str,
+    table: Table,
+    dtype: str | None,
+    shard: int,
+    recipe_text: str,
+    fp8: Container[str] = (),
+) -> Output:
     """The files of one `save`. `dtype` (a recipe's name) replaces the stored dtype of tensors that hold numbers to
-    merge; integers, booleans and codes keep theirs. `shard` is the most bytes of tensors in one file."""
-    stored = {name: out_dtype(table.dtypes[name], dtype) for name in table.nodes}
+    merge; integers, booleans and codes keep theirs. `shard` is the most bytes of tensors in one file. The tensors `fp8`
+    become FP8 and have their scales in the same file."""
+    stored = {name: "F8_E4M3" if name in fp8 else out_dtype(table.dtypes[name], dtype) for name in table.nodes}
+    beside = {name: _scales(node.shape) for name, node in table.nodes.items() if name in fp8}
     sizes = {name: nbytes(node, stored[name]) for name, node in table.nodes.items()}
+    for name, shape in beside.items():
+        sizes[name] += 4 * math.prod(shape)
     groups = _fill(sizes, shard)
     files = [SINGLE] if len(groups) == 1 else [
         f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)
@@ -36,18 +52,29 @@ def build_output(to: str, step: str, table: Table, dtype: str | None, shard: int
     metadata = {"format": "pt", "mergekit_lite.recipe": recipe_text}
     shards: list[OutShard] = []
     for number, (file, names) in enumerate(zip(files, groups, strict=True)):
-        rows = [(name, stored[name], table.nodes[name].shape, sizes[name]) for name in names]
+        rows = [(n, stored[n], table.nodes[n].shape, nbytes(table.nodes[n], stored[n])) for n in names]
+        scales = [(f"{n}{SCALE}", "F32", beside[n], 4 * math.prod(beside[n])) for n in names if n in beside]
+        if scales:  # the widest numbers first, so that each begins at a multiple of its size
+            rows = sorted([*scales, *rows], key=lambda row: -DTYPE_BITS[row[1]])
         header, starts = encode_header(rows, metadata)
-        tensors = tuple(
-            OutTensor(name, shape, code, table.nodes[name], number, start, size)
-            for (name, code, shape, size), start in zip(rows, starts, strict=True)
-        )
-        shards.append(OutShard(file, header, len(header) + sum(size for *_, size in rows), tensors))
+        places = {row[0]: (row, start) for row, start in zip(rows, starts, strict=True)}
+
+        def made(name: str, node: Node, number: int, places: Places) -> OutTensor:
+            (_, code, shape, size), start = places[name]
+            scale = made(f"{name}{SCALE}", node, number, places) if name in beside else None
+            return OutTensor(name, shape, code, node, number, start, size, scale)
+
+        tensors = tuple(made(name, table.nodes[name], number, places) for name in names)
+        shards.append(OutShard(file, header, len(header) + sum(row[3] for row in rows), tensors))
     index: dict[str, Any] | None = None
     if len(shards) > 1:
-        weight_map = {t.name: s.file for s in shards for t in s.tensors}
+        weight_map = {t.name: s.file for s in shards for tensor in s.tensors for t in tensor.parts}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     return Output(to, step, tuple(shards), index, dict(table.config), table.donor)
+
+
+def _scales(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-(-size // BLOCK) for size in shape)
 
 
 def out_dtype(stored: str, dtype: str | None) -> str:

@@ -82,10 +82,22 @@ def made_with(recipe: Recipe) -> dict[str, str]:
     return {**{name: version(name) for name in names}, "python": platform.python_version()}
 
 
-def errors_of(plan: Plan, figures: Mapping[str, Mapping[str, Sequence[float]]]) -> Errors:
-    """What a run tells of its outputs' tensors, by number, as the errors of adapters: by output folder and module the
-    norm of the change and of what the factors leave of it."""
-    return {
+def errors_of(
+    plan: Plan,
+    figures: Mapping[str, Mapping[str, Sequence[float]]],
+    squares: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
+) -> Errors:
+    """What a run tells of its outputs' tensors, by number, as the errors of adapters and of FP8: by output folder and
+    module the norm of the change, or of the weight, and of what the factors, or the codes, leave of it. `squares` are
+    squared norms of parts of weights."""
+    rounded = {
+        plan.outputs[int(number)].to: {
+            name.removesuffix(".weight"): (_norm([part[0] for part in told]), _norm([part[1] for part in told]))
+            for name, told in tensors.items()
+        }
+        for number, tensors in squares.items()
+    }
+    return rounded | {
         output.to: {
             tensor.name.removeprefix(PREFIX).removesuffix(".lora"): (told[0], told[1])
             for tensor in output.tensors
@@ -96,9 +108,14 @@ def errors_of(plan: Plan, figures: Mapping[str, Mapping[str, Sequence[float]]]) 
     }
 
 
+def _norm(squares: Sequence[float]) -> float:
+    """Of the parts in any order: their sum is exact."""
+    return math.sqrt(math.fsum(squares))
+
+
 def relative(errors: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
-    """The error of an adapter in all, and by module: the norm of what is left divided by that of the change, to six
-    digits; None where that is no number."""
+    """The error of an adapter, or of FP8, in all and by module: the norm of what is left divided by that of the change,
+    or of the weight, to six digits; None where that is no number."""
 
     def quotient(whole: float, left: float) -> float | None:
         found = left / whole if whole else 0.0

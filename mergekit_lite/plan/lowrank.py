@@ -24,7 +24,7 @@ from mergekit_lite.recipe.value import glob_matches
 # Modules that look up rows: their weights are as good as never of low rank, and peft stores their factors otherwise.
 _LOOKUPS = ("wte", "wpe", "shared", "relative_attention_bias")
 # Layers of GPT-2 and its kin whose weights are stored as in x out.
-_TURNED = {
+TURNED = {
     "gpt2": ("c_attn", "c_proj", "c_fc", "q_attn"),
     "imagegpt": ("c_attn", "c_proj", "c_fc", "q_attn"),
     "decision_transformer": ("c_attn", "c_proj", "c_fc", "q_attn"),
@@ -94,7 +94,7 @@ def parts_of(
         return builder.call(methods["delta"](Slot(0), Slot(1)), [node, base.nodes[name]], [step] * 2, step, name)
 
     made = Parts(dtypes=dict(base.dtypes) | {n: table.dtypes[n] for n in changed})
-    low = {name for name in changed if _has_factors(name, changed[name].shape)}
+    low = {name for name in changed if has_factors(name, changed[name].shape)}
     # peft finds modules to save by the ends of their names, and wants all of their tensors.
     keep = {n.rpartition(".")[0] for n in changed if n not in low and f"{n.rpartition('.')[0]}.weight" not in low}
     modules = made.modules(base.nodes)
@@ -121,7 +121,7 @@ def parts_of(
     return made, warnings
 
 
-def _has_factors(name: str, shape: Sequence[int]) -> bool:
+def has_factors(name: str, shape: Sequence[int]) -> bool:
     """Whether a tensor is the weight of a linear layer or of a convolution that is not taken channel by channel."""
     module, _, last = name.rpartition(".")
     kind = module.rpartition(".")[2]
@@ -148,7 +148,7 @@ def adapter_output(
     rows: list[tuple[str, str, tuple[int, ...], int]] = []
     spans: list[tuple[str, tuple[int, ...], str, Node, int]] = []  # name, shape, dtype, node, how many rows
     kept: dict[str, int] = {}
-    turned = _TURNED.get(str(base.config.get("model_type")), ())
+    turned = TURNED.get(str(base.config.get("model_type")), ())
     any_turned = False
     for name, node in parts.factors.items():
         module = name.removesuffix(".weight")
@@ -187,7 +187,7 @@ def measured_output(builder: Builder, save: Save, step: str, parts: Parts, base:
     """In place of the adapter, the rank that each of its changes needs: a vector of one number by the tensor's name."""
     lora = save.lora
     assert lora is not None and lora.energy is not None
-    turned = _TURNED.get(str(base.config.get("model_type")), ())
+    turned = TURNED.get(str(base.config.get("model_type")), ())
     tensors: list[OutTensor] = []
     for name, node in parts.factors.items():
         kind = name.removesuffix(".weight").rpartition(".")[2]
@@ -217,6 +217,6 @@ def fault_of(table: Table, name: str, mark: Mark, base: bool) -> Problem | None:
     """What makes a table unfit to be the base of an adapter, or what it leads to."""
     if base and table.space != "weight":
         return Problem(f"`{name}` is a delta and cannot be the base of an adapter", mark, "name a model")
-    if table.quantized:
-        return Problem(f"`{name}` is quantised: its numbers are codes", mark, "name one in bfloat16")
+    if table.quantized is not None:
+        return Problem(f"`{name}` {table.quantized.says}", mark, table.quantized.hint)
     return None

@@ -73,7 +73,8 @@ class Alignment:
 
 @dataclass(frozen=True, slots=True)
 class OutTensor:
-    """One tensor of an output shard: `start` is the absolute offset of its first byte in the file."""
+    """One tensor of an output shard: `start` is the absolute offset of its first byte in the file. With `scales`, a
+    tensor of the same shard, it is stored in FP8."""
 
     name: str
     shape: tuple[int, ...]
@@ -82,11 +83,18 @@ class OutTensor:
     shard: int
     start: int
     nbytes: int
+    scales: OutTensor | None = None
+
+    @property
+    def parts(self) -> tuple[OutTensor, ...]:
+        """The tensor, and its scales."""
+        return (self,) if self.scales is None else (self, self.scales)
 
     @property
     def copied(self) -> bool:
         """True where the stored bytes of an input are the output's bytes."""
-        return self.node.load is not None and self.node.load.dtype == self.dtype
+        load = self.node.load
+        return load is not None and load.dtype == self.dtype and load.packed is None
 
 
 @dataclass(frozen=True, slots=True)

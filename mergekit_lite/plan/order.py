@@ -54,7 +54,7 @@ def grain_of(nodes: Iterable[Node]) -> int:
         if node.reach == "matrix":
             whole = max(1, whole, node.numel)
         elif node.reach == "row" and node.method is not None:
-            grain = math.lcm(grain, row_length(node))
+            grain = math.lcm(grain, row_length(node) * node.method.rows)
         elif node.method is not None:
             grain = math.lcm(grain, node.method.grain)
     return whole or grain * max(1, GRAIN // grain)
@@ -164,7 +164,7 @@ def rounds_of(nodes: Iterable[Node]) -> int:
 def input_bytes(units: Sequence[Unit]) -> int:
     """Bytes of all stored tensors that the units read, each once."""
     loads = {n.id: n.load for unit in units for n in unit.nodes if n.load is not None}
-    return sum(meta.nbytes for meta in loads.values())
+    return sum(part.nbytes for meta in loads.values() for part in meta.parts)
 
 
 def _pass_bytes(nodes: Sequence[Node], numel: int) -> int:
@@ -185,4 +185,9 @@ def _pass_bytes(nodes: Sequence[Node], numel: int) -> int:
 
 def load_bytes(node: Node, numel: int) -> int:
     """Stored bytes of `numel` elements of a loaded tensor; 0 for other nodes."""
-    return 0 if node.load is None else numel * STORED_BITS[node.load.dtype] // 8
+    load = node.load
+    if load is None:
+        return 0
+    if load.packed is not None:
+        return sum(part.nbytes for part in load.parts) * numel // max(1, load.numel)
+    return numel * STORED_BITS[load.dtype] // 8

@@ -16,6 +16,7 @@ from mergekit_lite.plan.lock import pinned
 from mergekit_lite.plan.lowrank import Ranks, adapter_output, fault_of, measured_output, parts_of
 from mergekit_lite.plan.masks import mask_output
 from mergekit_lite.plan.model import Output
+from mergekit_lite.plan.quantize import in_fp8
 from mergekit_lite.plan.vocabulary import Remapped, beside
 from mergekit_lite.recipe.links import final_step
 from mergekit_lite.recipe.model import Recipe, Ref, Save
@@ -64,13 +65,18 @@ def make_outputs(
         elif table.space != "weight":
             hint = "add it to its base first: `use: add`, or save it as an adapter: `as: lora`"
             problems.append(Problem(f"`{step}` is a delta, not a model to save", save.mark, hint))
-        elif table.quantized and save.dtype is not None:
-            hint = "leave out `dtype`: the tensors are copied as they are"
-            problems.append(Problem(f"`{step}` is quantised: its numbers are codes", save.mark, hint))
+        elif table.quantized is not None and (save.dtype is not None or save.quantize is not None):
+            hint = "leave out `dtype` and `quantize`: the tensors are copied as they are"
+            problems.append(Problem(f"`{step}` {table.quantized.says}", save.mark, hint))
         elif not table.nodes:
             problems.append(Problem(f"`{step}` has no tensors", save.mark, "look at its inputs with `merge inspect`"))
         else:
-            made = build_output(str(place), step, table, save.dtype, save.shard, text)
+            codes: frozenset[str] = frozenset()
+            if save.quantize is not None:
+                found, remarks = in_fp8(adapters.builder, save, step, table, problems)
+                table, codes = found.table, found.codes
+                adapters.warnings.extend(remarks)
+            made = build_output(str(place), step, table, save.dtype, save.shard, text, codes)
             try:
                 outputs.append(beside(made, save, recipe, checkpoints, vocabulary))
             except RecipeError as fault:

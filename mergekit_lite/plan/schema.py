@@ -10,7 +10,7 @@ from mergekit_lite.recipe.lora import SVDS
 from mergekit_lite.recipe.masks import THRESHOLD
 from mergekit_lite.recipe.push import BRANCH, MOST_MESSAGE
 from mergekit_lite.recipe.read import COMPUTE, NAME
-from mergekit_lite.recipe.save import DTYPES, SHORT_DTYPES, UNITS
+from mergekit_lite.recipe.save import DTYPES, QUANTIZE, SHORT_DTYPES, UNITS
 from mergekit_lite.recipe.step import MISSING
 from mergekit_lite.recipe.tokenizer import TEMPLATES
 
@@ -237,6 +237,10 @@ def _save() -> Schema:
                 "enum": [*DTYPES, *SHORT_DTYPES],
                 "description": "The dtype on disk; the stored ones if left out.",
             },
+            "quantize": {
+                "enum": list(QUANTIZE),
+                "description": "Store the weights of linear layers in FP8, with a scale for each block.",
+            },
             "shard": {
                 "description": "The most bytes of tensors in one file.",
                 "default": "5GB",
@@ -291,6 +295,15 @@ def _save() -> Schema:
         "dependentRequired": {
             **{key: ["as"] for key in ("base", "rank", "energy", "svd", "targets", "tasks", "threshold")},
             "as": ["base"],
+        },
+        # An adapter is not stored in FP8, and with `quantize` the dtype is that of all other tensors.
+        "dependentSchemas": {
+            "quantize": {
+                "properties": {
+                    "as": False,
+                    "dtype": {"enum": [name for name in (*DTYPES, *SHORT_DTYPES) if not name.startswith("float8")]},
+                }
+            }
         },
         "additionalProperties": False,
     }

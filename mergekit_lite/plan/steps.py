@@ -178,9 +178,9 @@ def _space_faults(step: Step, method: Method, sources: Sequence[Source], base: S
             message = f"`{source.name}` is a {space}, `{sources[0].name}` is a {sources[0].table.space}"
             hint = "a method works on whole models or on deltas, not on both: `use: delta` and `use: add` lead across"
             problems.append(Problem(message, source.mark, hint))
-        if source.table.quantized and method.reach != "structure":
-            hint = "save it in bfloat16 first (transformers: `model.dequantize()`), then merge"
-            problems.append(Problem(f"`{source.name}` is quantised: its numbers are codes", source.mark, hint))
+        codes = source.table.quantized
+        if codes is not None and method.reach != "structure":
+            problems.append(Problem(f"`{source.name}` {codes.says}", source.mark, codes.hint))
     return problems
 
 

@@ -57,7 +57,8 @@ def _again(unit: Unit) -> bool:
 
 
 def _loads(nodes: Iterable[Node], far: set[str]) -> set[TensorMeta]:
-    return {node.load for node in nodes if node.load is not None and node.load.file in far}
+    loads = {node.load for node in nodes if node.load is not None}
+    return {part for load in loads for part in load.parts if part.file in far}
 
 
 def _stored(nodes: Iterable[Node], far: set[str]) -> int:

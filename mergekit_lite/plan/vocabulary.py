@@ -262,7 +262,7 @@ def _remapped(builder: Builder, table: RowTable, place: int, nodes: Sequence[Nod
 
 
 def _check_dtypes(table: Table, tensor: str, same: bool, mark: Mark) -> None:
-    if not same and (table.quantized or table.dtypes[tensor] not in MERGEABLE):
+    if not same and (table.quantized is not None or table.dtypes[tensor] not in MERGEABLE):
         hint = "save it in bfloat16 first (transformers: `model.dequantize()`), or leave out `tokenizer`"
         raise RecipeError(Problem(f"`{tensor}` of `{table.donor}` is quantised: its rows are codes", mark, hint))
 

@@ -130,7 +130,7 @@ class Save:
     """One output folder. `step` None means: the only step that no other uses. `to` None means: `--out` gives it.
     `dtype` None keeps the stored dtypes. `shard` is the most bytes of tensors in one file. With `lora` an adapter is
     saved, with `masks` a mask store, not a model. `push` None publishes nothing, `tokenizer` None leaves the
-    vocabulary as it is."""
+    vocabulary as it is. With `quantize`, `fp8`, weights of linear layers are stored in FP8 with scales."""
 
     step: Ref | None
     to: str | None
@@ -141,6 +141,7 @@ class Save:
     push: Push | None = None
     tokenizer: Tokenizer | None = None
     masks: AsMasks | None = None
+    quantize: str | None = None
 
     @property
     def beside(self) -> tuple[Ref, ...]:

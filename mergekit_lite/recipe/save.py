@@ -22,7 +22,10 @@ DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_
 SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-SAVE_KEYS = ("step", "to", "dtype", "shard", "push", "tokenizer", "chat_template", *LORA_KEYS, "tasks", "threshold")
+QUANTIZE = ("fp8",)
+SAVE_KEYS = (
+    "step", "to", "dtype", "quantize", "shard", "push", "tokenizer", "chat_template", *LORA_KEYS, "tasks", "threshold"
+)  # fmt: skip
 _SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?) ?([A-Za-z]{1,3})")
 _MAX_PATH = 4096
 _EXAMPLE = "for example `save: {to: out/merged, dtype: bfloat16}`"
@@ -71,7 +74,7 @@ def read_size(value: object) -> int | None:
 
 
 def _read_save(node: MapNode, read_ref: Callable[[Node, str], Ref | None], problems: list[Problem]) -> Save:
-    step, to, dtype, shard, push = None, None, None, DEFAULT_SHARD, None
+    step, to, dtype, shard, push, quantize = None, None, None, DEFAULT_SHARD, None, None
     for key, entry in node.entries.items():
         value = entry.value.value if isinstance(entry.value, ScalarNode) else None
         mark = entry.value.mark
@@ -89,6 +92,12 @@ def _read_save(node: MapNode, read_ref: Callable[[Node, str], Ref | None], probl
                 near = suggest(value, DTYPES) if isinstance(value, str) else _DTYPE_HINT
                 problems.append(Problem(f"`dtype` must be a floating type, not {describe(entry.value)}", mark, near))
                 dtype = None
+        elif key == "quantize":
+            quantize = value if isinstance(value, str) and value in QUANTIZE else None
+            if quantize is None:
+                message = f"`quantize` must be fp8, not {describe(entry.value)}"
+                hint = "leave it out to save numbers as they are; `dtype` says in which type"
+                problems.append(Problem(message, mark, hint))
         elif key == "shard":
             size = read_size(value)
             if size is None:
@@ -121,7 +130,14 @@ def _read_save(node: MapNode, read_ref: Callable[[Node, str], Ref | None], probl
         hint = "save the model whole, or leave out `tokenizer` and `chat_template`"
         what = "an adapter" if masks is None else "a mask store"
         problems.append(Problem(f"{what} has the vocabulary of its base", _mark_of(node), hint))
-    return Save(step, to, dtype, shard, _mark_of(node), lora, push, tokenizer, masks)
+    if "quantize" in node.entries and "as" in node.entries:
+        hint = "leave out `quantize`, or save a whole model"
+        what = "a mask store" if masks is not None else "an adapter"
+        problems.append(Problem(f"{what} is not stored in FP8", node.entries["quantize"].mark, hint))
+    if quantize is not None and dtype is not None and dtype.startswith("float8"):
+        hint = "`dtype` is that of all other tensors: `bfloat16`, or leave it out"
+        problems.append(Problem(f"`quantize: {quantize}` with `dtype: {dtype}`", node.entries["dtype"].mark, hint))
+    return Save(step, to, dtype, shard, _mark_of(node), lora, push, tokenizer, masks, quantize)
 
 
 def _kind(node: MapNode) -> object:

@@ -142,6 +142,8 @@ def _save(save: Save) -> dict[str, Any]:
         data["to"] = save.to
     if save.dtype is not None:
         data["dtype"] = save.dtype
+    if save.quantize is not None:
+        data["quantize"] = save.quantize
     if save.shard != DEFAULT_SHARD:
         data["shard"] = size_text(save.shard)
     if save.lora is not None:

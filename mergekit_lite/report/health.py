@@ -13,6 +13,7 @@ from mergekit_lite.checkpoint.find import INDEX, AdapterFound
 from mergekit_lite.checkpoint.header import read_header
 from mergekit_lite.checkpoint.inside import inside, read_object
 from mergekit_lite.checkpoint.meta import DTYPE_CODES, DTYPE_NAMES, Checkpoint, TensorMeta
+from mergekit_lite.checkpoint.quantized import refused
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.errors import InputError, Problem
 from mergekit_lite.family.family import Family, family_of
@@ -174,7 +175,9 @@ def _index(checkpoint: Checkpoint, folder: Path) -> Iterator[Check]:
 
 def _dtype(checkpoint: Checkpoint) -> Check:
     """The configuration's dtype against that of most bytes of floating tensors."""
-    sizes = {entry.dtype: entry.bytes for entry in look(checkpoint).dtypes if is_floating(entry.dtype)}
+    packed = {meta.stored for meta in checkpoint.tensors.values() if meta.packed is not None}
+    held = look(checkpoint).dtypes
+    sizes = {e.dtype: e.bytes for e in held if is_floating(e.dtype) or e.dtype in packed}
     main = max(sizes, key=lambda dtype: sizes[dtype], default=None)
     places = (section + key for section in ("", "text_config.") for key in ("dtype", "torch_dtype"))
     said = next((value for place in places if isinstance(value := lookup(checkpoint.config, place), str)), None)
@@ -183,7 +186,7 @@ def _dtype(checkpoint: Checkpoint) -> Check:
     if DTYPE_CODES.get(said) == main:
         return ok("dtype", f"{said}, as config.json states")
     detail = f"config.json states {said}, most weights are {DTYPE_NAMES.get(main, main)}"
-    if "quantization_config" in checkpoint.config:
+    if packed or refused(checkpoint.config, checkpoint.folder) is not None:
         return ok("dtype", f"{detail}: quantized")
     return warn("dtype", detail, "transformers may convert the weights as it loads them: correct config.json")
 

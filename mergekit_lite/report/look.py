@@ -167,7 +167,7 @@ def _dtypes(metas: list[TensorMeta]) -> Iterator[DtypeLook]:
     """The largest share of the bytes first."""
     groups: dict[str, list[TensorMeta]] = {}
     for meta in metas:
-        groups.setdefault(meta.dtype, []).append(meta)
+        groups.setdefault(meta.stored, []).append(meta)
     for dtype, group in sorted(groups.items(), key=lambda item: (-sum(meta.nbytes for meta in item[1]), item[0])):
         yield DtypeLook(dtype, len(group), sum(meta.numel for meta in group), sum(meta.nbytes for meta in group))
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
 from mergekit_lite.checkpoint.meta import BIT, TensorMeta
+from mergekit_lite.methods.fp8 import BLOCK, quantized
+from mergekit_lite.methods.gram import exact_sum
 from mergekit_lite.plan.model import Node, OutTensor, Plan, Unit
 from mergekit_lite.run.bits import pack_bits
 from mergekit_lite.run.copy import ByteSource
@@ -63,6 +65,7 @@ class Computer:
         roots = [tensor.node for _, tensor in unit.targets]
         blocks = replace(self.blocks, watch=watch, report=report)
         stats = subset(self.stats, unit.nodes)
+        squares: dict[tuple[int, str], tuple[list[float], list[float]]] = {}
         with blocks.lane():
             blocks.measure(roots, stats)
             for start, values in blocks.last(roots, unit.start, unit.stop, stats):
@@ -72,7 +75,41 @@ class Computer:
                         told = value[-figures:].tolist()
                         found["figures"].setdefault(str(output), {})[tensor.name] = told
                         value = value[:-figures]
+                    if tensor.scales is not None:
+                        parts = squares.setdefault((output, tensor.name), ([], []))
+                        value = self._quantized(sink, output, tensor, start, value, found, parts)
+                        sink.write(output, tensor, start, value)
+                        continue
                     sink.write(output, tensor, start, _store(tensor, value, found, self.strict))
+
+        for (number, name), parts in squares.items():
+            # Summed exactly, since there are as many parts in a block as it has room for.
+            found["squares"].setdefault(str(number), {})[name] = [[exact_sum(part) for part in parts]]
+
+    def _quantized(
+        self,
+        sink: Sink,
+        output: int,
+        tensor: OutTensor,
+        start: int,
+        value: Tensor,
+        found: dict[str, dict[str, Any]],
+        parts: tuple[list[float], list[float]],
+    ) -> Tensor:
+        """The codes of whole bands of rows; their scales are written. What there is to count goes to `found`, squared
+        norms to `parts`."""
+        assert tensor.scales is not None
+        width = tensor.shape[1]
+        made = quantized(value.view(-1, width))
+        codes = made.codes.cpu()
+        count = nonfinite(tensor.dtype, codes.view(torch.uint8).reshape(-1).numpy().data)
+        note_output(tensor.name, count, found["output_nonfinite"], self.strict)
+        _add(tensor, made.overflow, found)
+        squares, left = parts
+        squares += made.squares
+        left += made.left
+        sink.write(output, tensor.scales, start // width // BLOCK * tensor.scales.shape[1], made.scales.cpu().view(-1))
+        return codes.reshape(-1)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
 from mergekit_lite.checkpoint.meta import BIT, TensorMeta
+from mergekit_lite.checkpoint.unpack import Unpacker
 from mergekit_lite.errors import StoppedError, UsageError
 from mergekit_lite.run.bits import load_bits
 from mergekit_lite.run.copy import ByteSource
@@ -94,11 +95,15 @@ class DeviceLoader:
     device: torch.device
     _ring: list[tuple[Tensor, torch.cuda.Event]] = field(default_factory=list)
     _turn: int = 0
+    _unpacker: Unpacker | None = None
 
     def load(self, meta: TensorMeta, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a tensor, flat, in memory of their own."""
         if meta.dtype == BIT:
             return load_bits(self.source, meta, start, stop).to(self.device).to(self.compute)
+        if meta.packed is not None:
+            self._unpacker = self._unpacker or Unpacker(self.source)
+            return self._unpacker.load(meta, start, stop).to(self.device, self.compute)
         dtype = TORCH_DTYPES[meta.dtype]
         nbytes = (stop - start) * dtype.itemsize
         raw, copied = self._buffer(nbytes)

@@ -249,7 +249,7 @@ class _Run:
         self.safe_at = time.monotonic()
 
     def _unit(self, unit: Unit) -> dict[str, Any]:
-        found: dict[str, dict[str, Any]] = {key: {} for key in (*COUNTS, "figures")}
+        found: dict[str, dict[str, Any]] = {key: {} for key in (*COUNTS, "figures", "squares")}
         if unit.targets[0][1].copied:
             copy(unit, self.source, self.sink, self.check, found, self.options.strict)
         else:

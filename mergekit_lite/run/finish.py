@@ -177,9 +177,9 @@ def _permutations(plan: Plan, output: Output, solved: Mapping[str, Solved]) -> l
 
 
 def _main_dtype(output: Output) -> str:
-    """The dtype that most bytes of the output have."""
+    """The dtype that most bytes of the output have; those in FP8 with scales do not count, if there are others."""
     sizes: dict[str, int] = {}
-    for tensor in output.tensors:
+    for tensor in [t for t in output.tensors if t.scales is None] or output.tensors:
         if tensor.dtype == BIT:
             continue
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes

@@ -118,7 +118,7 @@ def perform(
             inputs, shards = collect(plan, shares, peers.exchange(LAST, digested))
             findings = Findings.sum(merged)
             journal.absorb()
-            errors = errors_of(plan, findings.figures)
+            errors = errors_of(plan, findings.figures, findings.squares)
             lock = partial(lock_text, plan, inputs, shards, errors=errors)
             complete(plan, lock, solved, keep_auto_map, card)
     return Result(
@@ -134,7 +134,7 @@ def perform(
         alignments={name: found.figures for name, found in solved.items()},
         notes=tuple(notes),
         output_nonfinite=findings.output_nonfinite,
-        errors=errors_of(plan, findings.figures),
+        errors=errors_of(plan, findings.figures, findings.squares),
         plan=plan,
         bytes_fetched=reader.fetched,
     )

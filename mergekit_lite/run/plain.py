@@ -136,7 +136,7 @@ def without_torch(plan: Plan, units: Sequence[Unit]) -> bool:
 
 def _is_plain(node: Node) -> bool:
     if node.load is not None:
-        return node.load.dtype in STORED
+        return node.load.dtype in STORED and node.load.packed is None
     return node.method is not None and node.method.plain
 
 

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mergekit_lite.checkpoint.meta import BIT, DTYPE_NAMES, TensorMeta
 from mergekit_lite.errors import MergeError
@@ -18,6 +18,9 @@ from mergekit_lite.plan.words import count
 from mergekit_lite.run.bits import load_bits
 from mergekit_lite.run.copy import ByteSource
 from mergekit_lite.run.gather import Gather, Remap
+
+if TYPE_CHECKING:
+    from mergekit_lite.checkpoint.unpack import Unpacker
 
 Stats = dict[int, Any]  # node id -> what its measure found for this tensor
 
@@ -35,6 +38,13 @@ class Loads(Protocol):
         ...
 
 
+def unpacker(source: ByteSource) -> Unpacker:
+    """What works out the numbers of packed tensors. It needs torch from the start."""
+    from mergekit_lite.checkpoint.unpack import Unpacker
+
+    return Unpacker(source)
+
+
 @dataclass(slots=True)
 class Loader:
     """Stored numbers in the dtype of the arithmetic. Reads by way of one buffer, which stays in a core's cache. For one
@@ -44,6 +54,7 @@ class Loader:
     compute: torch.dtype
     _raw: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     _views: dict[tuple[torch.dtype, int], tuple[Tensor, memoryview]] = field(default_factory=dict)
+    _unpacker: Unpacker | None = None
 
     @property
     def device(self) -> torch.device:
@@ -53,6 +64,9 @@ class Loader:
         """Elements [start, stop) of a tensor, flat, in memory of their own."""
         if meta.dtype == BIT:
             return load_bits(self.source, meta, start, stop).to(self.compute)
+        if meta.packed is not None:
+            self._unpacker = self._unpacker or unpacker(self.source)
+            return self._unpacker.load(meta, start, stop).to(self.compute)
         dtype: torch.dtype = getattr(torch, DTYPE_NAMES[meta.dtype])
         size = dtype.itemsize
         if dtype == self.compute:

@@ -52,7 +52,8 @@ class Options:
 class Findings:
     """What a run saw: non-finite numbers by `file:tensor` in the inputs and by tensor in the outputs, numbers out of
     the range of the output's dtype by tensor, bytes read, units taken over from an earlier run, the orders of units
-    that were found by step, and figures of tensors by the number of the output."""
+    that were found by step, and figures of tensors by the number of the output; `squares` are those of the parts of
+    weights in FP8."""
 
     nonfinite: dict[str, int] = field(default_factory=dict)
     output_nonfinite: dict[str, int] = field(default_factory=dict)
@@ -61,6 +62,7 @@ class Findings:
     resumed: int = 0
     alignments: dict[str, Solved] = field(default_factory=dict)
     figures: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    squares: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
 
     def add(self, entry: Mapping[str, Any]) -> None:
         for key in COUNTS:
@@ -70,11 +72,15 @@ class Findings:
                 mine[name] = mine.get(name, 0) + count
         for output, told in entry.get("figures", {}).items():
             self.figures.setdefault(output, {}).update(told)
+        for output, parts in entry.get("squares", {}).items():
+            mine = self.squares.setdefault(output, {})
+            for name, found in parts.items():
+                mine.setdefault(name, []).extend(found)
 
     def as_json(self) -> dict[str, Any]:
         """All but the orders of units, which every rank finds for itself."""
         return {
-            **{key: getattr(self, key) for key in (*COUNTS, "figures")},
+            **{key: getattr(self, key) for key in (*COUNTS, "figures", "squares")},
             "bytes_read": self.bytes_read,
             "resumed": self.resumed,
         }

@@ -100,7 +100,8 @@ class Memory:
         from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
 
         self.tensors: list[dict[str, Tensor]] = [
-            {t.name: torch.empty(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in output.tensors} for output in outputs
+            {t.name: torch.empty(t.shape, dtype=TORCH_DTYPES[t.dtype]) for each in output.tensors for t in each.parts}
+            for output in outputs
         ]
 
     def write(self, output: int, tensor: OutTensor, start: int, values: Tensor) -> None:

@@ -188,7 +188,9 @@ def check_tied(plan: Plan, reader: ByteSource) -> None:
     one: merging either would change the model in silence. Raises InputError with all of them."""
     problems = []
     for alias, canonical in plan.tied:
-        if alias.nbytes != canonical.nbytes or not _same_bytes(alias, canonical, reader):
+        pairs = list(zip(alias.parts, canonical.parts, strict=False))
+        alike = alias.stored == canonical.stored and len(alias.parts) == len(canonical.parts)
+        if not alike or not all(a.nbytes == b.nbytes and _same_bytes(a, b, reader) for a, b in pairs):
             message = f"`{alias.name}` and `{canonical.name}` differ, but the configuration ties them ({alias.file})"
             hint = "set `tie_word_embeddings` to false in config.json if they are two tensors, or remove the first one"
             problems.append(Problem(message, None, hint))

@@ -84,7 +84,13 @@ save:
   - {step: one, to: out/one, dtype: fp16, shard: 1.5 gib}
   - {step: two, to: out/two, shard: 5000000}
 """
-GOOD = [TIES, STAGED, TALL, SHORT, TWO_SAVES, *(example(m) for m in METHODS.values() if m.public)]
+FP8 = """
+version: 1
+models: {a: org/a, b: org/b}
+steps: {m: {use: linear, of: [a, b]}}
+save: {to: out/m, dtype: bfloat16, quantize: fp8}
+"""
+GOOD = [TIES, STAGED, TALL, SHORT, TWO_SAVES, FP8, *(example(m) for m in METHODS.values() if m.public)]
 
 
 def data_of(text: str) -> Any:
@@ -158,6 +164,10 @@ def test_the_recipes_of_the_project_pass(path: Path):
         ("version: 1", "version: 1\nmethods: 1"),
         ("dtype: bfloat16", "dtype: int8"),
         ("dtype: bfloat16", "dytpe: bfloat16"),
+        ("dtype: bfloat16", "quantize: int8"),
+        ("dtype: bfloat16", "quantize: true"),
+        ("dtype: bfloat16", "quantize: fp8, dtype: float8_e4m3fn"),
+        ("dtype: bfloat16", "quantize: fp8, as: lora, base: base, rank: 4"),
         ("shard: 5GB", "shard: 5 horses"),
         ("shard: 5GB", "shard: 0"),
         ("save: {to: out/ties,", "save: {push: {private: true}, to: out/ties,"),

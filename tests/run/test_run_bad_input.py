@@ -258,7 +258,7 @@ def test_buffers_of_integers_are_those_of_the_base(place: Place) -> None:
 
 
 def test_a_quantised_checkpoint(place: Place) -> None:
-    place.config("a", quantization_config={"quant_method": "fp8"})
+    place.config("a", quantization_config={"quant_method": "awq"})
     place.refused(3, "`a` is quantised: its numbers are codes", "r.yaml:4:")
     place.recipe("m: {use: stack, of: [a]}", save="to: out/m, dtype: float16")
     place.refused(3, "`m` is quantised: its numbers are codes", "r.yaml:5:")
