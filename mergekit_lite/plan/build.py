@@ -94,7 +94,7 @@ def _build(
     for name, checkpoint in checkpoints.items():
         family = next((known for other, known in families if _alike(other, checkpoint)), None)
         if family is None:
-            family = family_of(checkpoint.config, checkpoint.tensors)
+            family = family_of(checkpoint.config, checkpoint.tensors, checkpoint.configs)
             families.append((checkpoint, family))
         table, pairs = model_table(builder, name, checkpoint, family)
         tied += pairs
@@ -161,7 +161,7 @@ def _needed(units: Sequence[Unit], builder: Builder) -> tuple[dict[str, tuple[No
 
 def _alike(one: Checkpoint, other: Checkpoint) -> bool:
     """Whether both are of one family, for sure: they have one configuration and the same names."""
-    return one.config == other.config and list(one.tensors) == list(other.tensors)
+    return (one.config, one.configs) == (other.config, other.configs) and list(one.tensors) == list(other.tensors)
 
 
 def model_table(
@@ -181,6 +181,7 @@ def model_table(
         config=checkpoint.config,
         family=family,
         quantized=is_quantized(checkpoint),
+        form=checkpoint.form,
     )
     return table, tied
 
@@ -188,7 +189,8 @@ def model_table(
 def is_quantized(checkpoint: Checkpoint) -> bool:
     """Whether the numbers are codes that need scales: the configuration says so, its part for text may say so, or
     8-bit tensors have scales beside them."""
-    parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, Mapping))]
+    configs = [checkpoint.config, *checkpoint.configs.values()]
+    parts = [*configs, *(part for config in configs for part in config.values() if isinstance(part, Mapping))]
     if any(part.get("quantization_config") for part in parts):
         return True
     tensors = checkpoint.tensors

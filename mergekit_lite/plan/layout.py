@@ -1,17 +1,15 @@
-"""Where every output byte lies: tensors into shards, shards into headers and offsets, the index beside them."""
+"""Where every output byte lies: tensors into shards, shards into headers and offsets, the indices beside them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mergekit_lite.checkpoint.meta import DTYPE_BITS, MERGEABLE
+from mergekit_lite.checkpoint.meta import DTYPE_BITS, MERGEABLE, Part
 from mergekit_lite.checkpoint.writer import encode_header
 from mergekit_lite.plan.graph import Table
 from mergekit_lite.plan.model import Node, Output, OutShard, OutTensor
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 # Names of dtypes as recipes write them -> safetensors codes.
 SAVE_DTYPES: Mapping[str, str] = {
     "float64": "F64",
@@ -21,33 +19,55 @@ SAVE_DTYPES: Mapping[str, str] = {
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
+_PLAIN = (Part("", ""),)
 
 
 def build_output(to: str, step: str, table: Table, dtype: str | None, shard: int, recipe_text: str) -> Output:
-    """The files of one `save`. `dtype` (a recipe's name) replaces the stored dtype of tensors that hold numbers to
-    merge; integers, booleans and codes keep theirs. `shard` is the most bytes of tensors in one file."""
+    """The files of one `save`, a part of the checkpoint after the other. `dtype` (a recipe's name) replaces the stored
+    dtype of tensors that hold numbers to merge; integers, booleans and codes keep theirs. `shard` is the most bytes of
+    tensors in one file."""
     stored = {name: _out_dtype(table.dtypes[name], dtype) for name in table.nodes}
     sizes = {name: nbytes(node, stored[name]) for name, node in table.nodes.items()}
-    groups = _fill(sizes, shard)
-    files = [SINGLE] if len(groups) == 1 else [
-        f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)
-    ]  # fmt: skip
     # "format" is what transformers looks for; the recipe travels with every shard.
-    metadata = {"format": "pt", "mergekit_lite.recipe": recipe_text}
+    kept = table.form.metadata if table.form is not None else {}
+    metadata = {**kept, "format": "pt", "mergekit_lite.recipe": recipe_text}
     shards: list[OutShard] = []
-    for number, (file, names) in enumerate(zip(files, groups, strict=True)):
-        rows = [(name, stored[name], table.nodes[name].shape, sizes[name]) for name in names]
-        header, starts = encode_header(rows, metadata)
-        tensors = tuple(
-            OutTensor(name, shape, code, table.nodes[name], number, start, size)
-            for (name, code, shape, size), start in zip(rows, starts, strict=True)
-        )
-        shards.append(OutShard(file, header, len(header) + sum(size for *_, size in rows), tensors))
-    index: dict[str, Any] | None = None
-    if len(shards) > 1:
-        weight_map = {t.name: s.file for s in shards for t in s.tensors}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-    return Output(to, step, tuple(shards), index, dict(table.config), table.donor)
+    indices: dict[str, Mapping[str, Any]] = {}
+    for part, members in by_part(table):
+        total = sum(sizes[name] for name in members)
+        groups = _fill({name: sizes[name] for name in members}, total if part.whole else shard)
+        files = [f"{part.stem}.safetensors"] if len(groups) == 1 else [
+            f"{part.stem}-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)
+        ]  # fmt: skip
+        home = f"{part.folder}/" if part.folder else ""
+        for file, names in zip(files, groups, strict=True):
+            rows = [(n.removeprefix(part.prefix), stored[n], table.nodes[n].shape, sizes[n]) for n in names]
+            header, starts = encode_header(rows, metadata)
+            tensors = tuple(
+                OutTensor(name, shape, code, table.nodes[name], len(shards), start, size)
+                for name, (_, code, shape, size), start in zip(names, rows, starts, strict=True)
+            )
+            shards.append(OutShard(home + file, header, len(header) + sum(size for *_, size in rows), tensors))
+        if len(groups) > 1:
+            weight_map = {
+                name.removeprefix(part.prefix): file
+                for file, names in zip(files, groups, strict=True)
+                for name in names
+            }
+            name = f"{home}{part.stem}.safetensors.index.json"
+            indices[name] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return Output(to, step, tuple(shards), indices, dict(table.config), table.donor)
+
+
+def by_part(table: Table) -> list[tuple[Part, list[str]]]:
+    """The names of a table's tensors by the part of the checkpoint that they belong to, parts without tensors too."""
+    parts = _PLAIN if table.form is None else table.form.parts
+    found: dict[str, list[str]] = {part.prefix: [] for part in parts}
+    for name in table.nodes:
+        home = max((prefix for prefix in found if name.startswith(prefix)), key=len, default=None)
+        if home is not None:
+            found[home].append(name)
+    return [(part, found[part.prefix]) for part in parts]
 
 
 def _out_dtype(stored: str, dtype: str | None) -> str:

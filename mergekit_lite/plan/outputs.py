@@ -15,6 +15,7 @@ from mergekit_lite.plan.layout import build_output
 from mergekit_lite.plan.lock import pinned
 from mergekit_lite.plan.lowrank import Ranks, adapter_output, fault_of, measured_output, parts_of
 from mergekit_lite.plan.model import Output
+from mergekit_lite.plan.parts import output_faults
 from mergekit_lite.plan.vocabulary import Remapped, beside
 from mergekit_lite.recipe.links import final_step
 from mergekit_lite.recipe.model import Recipe, Ref, Save
@@ -54,7 +55,10 @@ def make_outputs(
         # go in: a lock, which names them, gives the same bytes again.
         saved = replace(save, step=Ref(step, save.mark), to=None, push=None)
         text = to_yaml(replace(pinned(recipe, checkpoints), saves=(saved,)))
-        if save.lora is not None:
+        faults = list(output_faults(step, table, save)) if table.nodes else []
+        if faults:
+            problems += faults
+        elif save.lora is not None:
             outputs += adapters.output(str(place), number, save, step, table, text)
         elif table.space != "weight":
             hint = "add it to its base first: `use: add`, or save it as an adapter: `as: lora`"
