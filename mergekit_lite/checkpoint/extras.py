@@ -93,7 +93,10 @@ class Extras:
         StoppedError where writing fails."""
         try:
             for name, content in self.files.items():
-                (to / name).parent.mkdir(parents=True, exist_ok=True)
+                home = to
+                for part in name.split("/")[:-1]:  # not `to` itself, should it be gone
+                    home = home / part
+                    home.mkdir(exist_ok=True)
                 _put(content, to / name)
         except OSError as error:
             raise StoppedError(f"cannot write into `{to}`: {error.strerror}", hint=hint_for(error)) from error
@@ -235,7 +238,8 @@ def _put(content: Path | bytes, target: Path) -> None:
 def is_read_with_a_model(name: str) -> bool:
     """Whether a file of this name in the folder of a model, or of one of its components, changes what a program loads
     from there."""
-    if name.startswith(f"{_TEMPLATES}/"):
+    home, _, name = name.rpartition("/")
+    if home.rpartition("/")[2] == _TEMPLATES:
         return True
     known = any(fnmatch.fnmatchcase(name, glob) for glob in (*_OF_PARTS, *_CONFIGS[1:], "sentence_*_config.json"))
     return known or name in ("modules.json", "adapter_config.json") or name.endswith((".py", ".safetensors.index.json"))

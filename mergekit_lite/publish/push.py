@@ -207,7 +207,7 @@ class _Push:
         if LOCK in there:
             strange = [n for n in read if n.endswith(_WEIGHTS) and n not in (*self.names, *removed)]
         else:
-            strange = [n for n in read if n.endswith(_WEIGHTS) or is_read_with_a_model(n.rpartition("/")[2])]
+            strange = [n for n in read if n.endswith(_WEIGHTS) or is_read_with_a_model(n)]
         if strange:
             hint = "push to another repository, or remove these files there if they are not needed"
             what = f"`{self.to.repo}` holds files of a model that `merge push` has not written: {few(sorted(strange))}"

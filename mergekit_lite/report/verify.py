@@ -148,12 +148,11 @@ def _against(promise: Promise, look: Look) -> Iterator[Fault]:
     # Permutations are of this program, and nothing loads them.
     homes = {name.rpartition("/")[0] for name in promise.names} - {PERMUTATIONS}
     for name in sorted(look.present - set(promise.names) - {NAME}):
-        home, _, file = name.rpartition("/")
-        if home not in homes:
+        if name.rpartition("/")[0] not in homes:
             continue
         if name.endswith(_WEIGHTS):
             yield Fault(name, "are weights that the run did not write", None, "move them out of the folder")
-        elif promise.files is not None and is_read_with_a_model(file):
+        elif promise.files is not None and is_read_with_a_model(name):
             yield Fault(name, "was not written by the run, and changes what is loaded", None, "move it away")
 
 
@@ -247,6 +246,6 @@ def _notes(look: Look, promise: Promise) -> Iterator[str]:
     if JOURNAL in look.present:
         yield f"{JOURNAL} was left by a crash at the very end of the run; it may be removed"
     rest = look.present - set(promise.names) - {NAME, JOURNAL, RECIPE, CARD, ".gitattributes"}
-    rest = {n for n in rest if not n.endswith(_WEIGHTS) and not is_read_with_a_model(n.rpartition("/")[2])}
+    rest = {n for n in rest if not n.endswith(_WEIGHTS) and not is_read_with_a_model(n)}
     if rest:
         yield f"not of the run, and not looked at: {few(sorted(rest))}"
