@@ -123,7 +123,7 @@ REFUSED: dict[str, tuple[Callable[[Files], Files], str]] = {
     "a prefix of two": (_named("unet.x"), r"names a component `unet\.x`"),
     "class": (lambda f: {**f, "model_index.json": index(unet=["../x", "X"])}, r"names a class `\.\./x`"),
     "deep": (lambda f: {**f, "model_index.json": b'{"a":' * 5000 + b"1" + b"}" * 5000}, "nested too deeply"),
-    "large": (lambda f: {**f, "model_index.json": b'{"a": "' + b"x" * 2**20 + b'"}'}, "too many for a file of its kind"),
+    "large": (lambda f: {**f, "model_index.json": b'{"a": "' + b"x" * 2**20 + b'"}'}, "too many for a file"),
     "many": (
         lambda f: {**f, **{f"c{i}/x": b"" for i in range(101)},
                    "model_index.json": index(**{f"c{i}": ["diffusers", "X"] for i in range(101)})},

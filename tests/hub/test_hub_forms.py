@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from form_files import WEIGHTS, Files, files_of, pipeline, put, sentences, stored, tensors
-from hub_process import Ran
+from hub_process import TOKEN, Ran
 from safetensors.torch import save
 from server import Hub
 
@@ -30,9 +30,9 @@ UNUSED = {
 }  # fmt: skip
 
 
-def merged(fetch: Fetch, to: str) -> Files:
+def merged(fetch: Fetch, to: str, offline: bool = False) -> Files:
     Path("r.yaml").write_text(RECIPE)
-    plan = mergekit_lite.plan(mergekit_lite.load_recipe("r.yaml"), out=to, threads=1, fetch=fetch)
+    plan = mergekit_lite.plan(mergekit_lite.load_recipe("r.yaml"), out=to, threads=1, fetch=fetch, offline=offline)
     mergekit_lite.run(plan, threads=1)
     assert verify(to).faults == ()
     return files_of(Path(to))
@@ -44,11 +44,12 @@ def test_streamed_cached_and_local_merges_are_one(form: Callable[[int], Files], 
     for name, data in files.items():
         hub.add(f"org/{name}", data | UNUSED)
     streamed = merged("stream", "streamed")
-    assert not [path for path in (here / "cache").rglob("*.safetensors")]
+    assert not list((here / "cache").rglob("*.safetensors"))
     assert not [path for path in (here / "cache").rglob("*") if path.name in {Path(name).name for name in UNUSED}]
     before = hub.sent()
     cached = merged("cache", "cached")
     assert hub.sent() - before < len(LARGE)
+    assert stored(merged("cache", "offline", offline=True)).keys() == stored(cached).keys()
     for name, data in files.items():
         put(here / "org" / name, data)  # now the folders are meant
     local = merged("cache", "local")
@@ -73,24 +74,16 @@ def test_a_plan_reads_the_headers_of_components(hub: Hub, merge: Callable[..., R
     assert hub.sent() < len(LARGE)
 
 
-def test_what_was_cached_is_read_offline(hub: Hub, merge: Callable[..., Ran], tmp_path: Path) -> None:
-    for seed, name in enumerate(("a", "b")):
-        hub.add(f"org/{name}", pipeline(seed))
-    (tmp_path / "r.yaml").write_text(RECIPE)
-    first = merge("run", "r.yaml")
-    assert first.code == 0, first.err
-    second = merge("run", "r.yaml", "--offline", "--out", "again")
-    assert second.code == 0, second.err
-    assert stored(files_of(tmp_path / "out")).keys() == stored(files_of(tmp_path / "again")).keys()
-
-
-def test_a_pushed_pipeline_is_one_at_the_hub(hub: Hub, merge: Callable[..., Ran], tmp_path: Path) -> None:
-    from hub_process import TOKEN
-
+def test_a_pushed_pipeline_is_one_at_the_hub_and_overwrites_none(
+    hub: Hub, merge: Callable[..., Ran], tmp_path: Path
+) -> None:
     for seed, name in enumerate(("a", "b")):
         hub.add(f"org/{name}", pipeline(seed))
     (tmp_path / "r.yaml").write_text(RECIPE)
     assert merge("run", "r.yaml").code == 0
+    hub.add("me/theirs", {f"unet/{WEIGHTS}": LARGE})
+    ran = merge("push", "out", "me/theirs", HF_TOKEN=TOKEN)
+    assert ran.code == 4 and f"unet/{WEIGHTS}" in ran.err, ran.err
     ran = merge("push", "out", "me/merged", HF_TOKEN=TOKEN)
     assert ran.code == 0, ran.err
     (tmp_path / "again.yaml").write_text("version: 1\nmodels: {m: me/merged}\nsave: {step: m, to: again}\n")
@@ -99,15 +92,3 @@ def test_a_pushed_pipeline_is_one_at_the_hub(hub: Hub, merge: Callable[..., Ran]
     ours, theirs = (stored(files_of(tmp_path / name)) for name in ("out", "again"))
     assert all(ours[home][name].equal(theirs[home][name]) for home in ours for name in ours[home])
     assert "library_name: diffusers" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_a_foreign_pipeline_is_not_overwritten(hub: Hub, merge: Callable[..., Ran], tmp_path: Path) -> None:
-    from hub_process import TOKEN
-
-    for seed, name in enumerate(("a", "b")):
-        hub.add(f"org/{name}", pipeline(seed))
-    hub.add("me/theirs", {f"unet/{WEIGHTS}": LARGE})
-    (tmp_path / "r.yaml").write_text(RECIPE)
-    assert merge("run", "r.yaml").code == 0
-    ran = merge("push", "out", "me/theirs", HF_TOKEN=TOKEN)
-    assert ran.code == 4 and f"unet/{WEIGHTS}" in ran.err
