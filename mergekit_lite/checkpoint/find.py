@@ -62,7 +62,7 @@ def _open(location: str, revision: str | None, offline: bool, pickled: bool, str
     try:
         if not is_offline(offline):
             return _open_hub(location, revision, pickled, stream)
-        folder, commit = fetch(location, revision, offline=True)
+        folder, commit = _cached(location, revision)
     except InputError as error:
         # `out/mine` may be a model on the Hub or a misspelt folder: name what lies beside it too.
         near = _siblings(path, location)
@@ -102,6 +102,18 @@ def _at_hub(seen: HubListing) -> Files:
     return homes.get
 
 
+def _cached(location: str, revision: str | None) -> tuple[Path, str | None]:
+    """The model's folder in the cache, and its commit, without asking the Hub. Raises InputError."""
+    try:
+        return fetch(location, revision, offline=True)
+    except InputError:
+        # Of a pipeline only the components' files were fetched, and whether they are there is seen when it is read.
+        folder, commit = fetch(location, revision, offline=True, names=[PIPELINE, MODULES])
+        if not any((folder / name).exists() for name in (PIPELINE, MODULES)):
+            raise
+        return folder, commit
+
+
 def _open_hub(location: str, revision: str | None, pickled: bool, stream: bool) -> Checkpoint:
     """A model on the Hub: with `stream` by its headers, otherwise downloaded whole; from the cache where that has the
     weights, or nothing else can be reached."""
@@ -109,7 +121,7 @@ def _open_hub(location: str, revision: str | None, pickled: bool, stream: bool) 
         seen = look(location, revision)
     except Unreachable as error:
         try:
-            folder, commit = fetch(location, revision, offline=True)
+            folder, commit = _cached(location, revision)
         except InputError:
             raise error from None
         return _read_folder(location, commit, folder, str(folder), pickled)

@@ -133,7 +133,7 @@ def _pipeline(folder: Path, files: Files, location: str, pickled: bool) -> Chose
     parts: list[tuple[Part, Listing]] = []
     beside = [PIPELINE]
     components = _components(folder, location)
-    lacking = [name for name, _ in components if files(name) is None]
+    lacking = [name for name, _ in components if not files(name)]
     if lacking:
         few = ", ".join(f"`{name}`" for name in lacking[:5])
         hint = "download the missing folders; a component that is left out on purpose is `[null, null]` there"
@@ -144,6 +144,11 @@ def _pipeline(folder: Path, files: Files, location: str, pickled: bool) -> Chose
         if found is not None:
             part = Part(name, f"{name}.", found[0], kind=kind, config=_config(folder, name, names))
             parts.append((part, found[1]))
+        elif {"_class_name", "architectures"} & _config(folder, name, names).keys():
+            hint = "download the missing file again"
+            raise InputError(
+                f"`{os.path.join(location, name)}` has the configuration of a model, and no weights", hint=hint
+            )
         beside += [f"{name}/{n}" for n in names if is_copied(n) or (n == "config.json" and found is None)]
     if not parts:
         raise InputError(f"`{location}` holds no weights in the folders of its components", hint="download it again")
@@ -195,6 +200,9 @@ def _modules(folder: Path, files: Files, location: str, pickled: bool) -> Chosen
             config = _config(folder, path, names) if body and path else {}
             prefix = f"{path.replace('/', '.')}." if path else ""
             parts.append((Part(path, prefix, found[0], not body, word, config), found[1]))
+        elif body or word == "Dense":
+            hint = "download the missing file again"
+            raise InputError(f"`{os.path.join(location, path)}` is a `{word}`, and holds no weights", hint=hint)
         if path:
             beside += [
                 f"{path}/{name}"

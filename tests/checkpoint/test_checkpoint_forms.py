@@ -132,7 +132,8 @@ REFUSED: dict[str, tuple[Callable[[Files], Files], str]] = {
     "twice": (lambda f: {**f, "model_index.json": b'{"unet": ["a", "B"], "unet": ["c", "D"]}'}, "stands twice"),
     "list": (lambda f: {**f, "model_index.json": b"[]"}, "is not a JSON object"),
     "no folder": (_without("vae/"), "lacks folders that its model_index.json names: `vae`"),
-    "no weights": (lambda f: {n: d for n, d in f.items() if not n.endswith(".safetensors")}, "holds no weights"),
+    "no weights": (lambda f: {n: d for n, d in f.items() if not n.endswith(".safetensors")}, "a model, and no weights"),
+    "a component without weights": (_without(f"unet/{WEIGHTS}"), "unet` has the configuration of a model, and no"),
     "pickled": (
         lambda f: {**_without(f"vae/{WEIGHTS}")(f), "vae/diffusion_pytorch_model.bin": b"x"}, "holds pickled weights"
     ),
