@@ -7,13 +7,14 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_lite import redact
 from mergekit_lite.checkpoint.clean import cleaned, notes_of, read_config
-from mergekit_lite.checkpoint.inside import inside
+from mergekit_lite.checkpoint.inside import inside, read_list
 from mergekit_lite.checkpoint.meta import DTYPE_CODES, DTYPE_NAMES, Checkpoint
 from mergekit_lite.errors import InputError, Problem, StoppedError
 from mergekit_lite.limits import hint_for
@@ -25,6 +26,9 @@ _WANTED = (
     "chat_template.json", "chat_template.jinja", "preprocessor_config.json", "processor_config.json",
     "image_processor_config.json", "video_preprocessor_config.json", "video_processor_config.json",
 )  # fmt: skip
+# Of a component of a pipeline too.
+_OF_PARTS = (*_WANTED, "scheduler_config.json")
+_CONFIGS = ("*_config.json", "config.json", "model_index.json", "config_sentence_transformers.json")
 _TEMPLATES = "additional_chat_templates"
 # Those of them that speak of tokens.
 _TOKENIZER = (
@@ -36,6 +40,7 @@ Files = Mapping[str, Path | bytes]  # by name: where each is copied from, or wha
 # The dtypes that transformers can build a model in. A config that names another, such as FP8, cannot be loaded.
 _MODEL_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _MAX_NESTING = 8
+_MAX_LIST = 2**20  # bytes of modules.json
 
 
 def output_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
@@ -43,14 +48,17 @@ def output_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any
 
     transformers 5 writes the key `dtype`, older versions wrote `torch_dtype`, and 5 reads both: whichever key the
     config has is updated, also inside its `*_config` objects (text_config, vision_config), save for
-    quantization_config. Where none has either, `dtype` is added, as transformers writes it today. An empty config stays
-    empty. With `dtype` None or one that no model can be built in (FP8, integers), the keys stay as they are.
+    quantization_config. Where none has either, `dtype` is added, as transformers writes it today, but not to those of
+    diffusers and timm, which know no such key. An empty config stays empty. With `dtype` None or one that no model can
+    be built in (FP8, integers), the keys stay as they are.
     """
     code = DTYPE_CODES.get(dtype, dtype) if dtype is not None else None
     if code not in _MODEL_DTYPES or not config:
         return dict(config)
     made, found = _with_dtype(config, DTYPE_NAMES[code], _MAX_NESTING)
-    return made if found else {**made, "dtype": DTYPE_NAMES[code]}
+    if found or "_class_name" in config or "pretrained_cfg" in config:
+        return made
+    return {**made, "dtype": DTYPE_NAMES[code]}
 
 
 def _with_dtype(config: Mapping[str, Any], name: str, depth: int) -> tuple[dict[str, Any], bool]:
@@ -85,8 +93,10 @@ class Extras:
         StoppedError where writing fails."""
         try:
             for name, content in self.files.items():
-                if "/" in name:
-                    (to / name).parent.mkdir(exist_ok=True)
+                home = to
+                for part in name.split("/")[:-1]:  # not `to` itself, should it be gone
+                    home = home / part
+                    home.mkdir(exist_ok=True)
                 _put(content, to / name)
         except OSError as error:
             raise StoppedError(f"cannot write into `{to}`: {error.strerror}", hint=hint_for(error)) from error
@@ -94,10 +104,15 @@ class Extras:
 
 
 def find_extras(
-    donor: Checkpoint, config: Mapping[str, Any], keep_auto_map: bool = False, tokenizer: Files | None = None
+    donor: Checkpoint,
+    config: Mapping[str, Any],
+    keep_auto_map: bool = False,
+    tokenizer: Files | None = None,
+    dtypes: Mapping[str, str] | None = None,
 ) -> Extras:
     """`config` as config.json, unless it is empty, and the donor's tokenizer and similar files. The files of
-    `tokenizer`, where it is given, take the place of the donor's tokenizer.
+    `tokenizer`, where it is given, take the place of the donor's tokenizer. The configurations of a pipeline's
+    components name the dtype that `dtypes` has for their folder.
 
     Entries that name code (`auto_map`), unless `keep_auto_map`, and entries that hold a token or a password are left
     out of every configuration. A file with none of these is copied byte for byte. Raises InputError for a file of the
@@ -113,23 +128,32 @@ def find_extras(
         hidden.extend(f"{name}: {key}" for key in secrets)
         return made, bool(code or secrets)
 
-    if config:
-        files["config.json"] = _json(clean("config.json", config)[0])
+    configs = {"config.json": config}
+    for part in donor.form.parts if donor.form is not None else ():
+        if part.folder:
+            configs[f"{part.folder}/config.json"] = output_config(part.config, (dtypes or {}).get(part.folder))
+    files |= {name: _json(clean(name, data)[0]) for name, data in configs.items() if data}
     sources: dict[str, Path | bytes] = {}
-    if donor.folder is not None:
+    if donor.form is not None and donor.folder is not None:
+        sources |= {name: inside(donor.folder, name) for name in donor.form.beside}
+    elif donor.folder is not None:
         sources |= {name: inside(donor.folder, name) for name in _names(donor.folder)}
     if tokenizer is not None:
         sources = {name: path for name, path in sources.items() if not _is_tokenizer(name)} | dict(tokenizer)
     for name, path in sources.items():
         if isinstance(path, bytes):
             files[name] = path
-            if name.endswith("_config.json"):
+            if _is_config(name):
                 files[name] = _json(clean(name, json.loads(path))[0])
             continue
         if not stat.S_ISREG(_mode(path)):
             raise InputError(f"`{path}` is not a regular file", hint=f"remove it, or put the donor's {name} there")
         files[name] = path
-        if name.endswith("_config.json") and (data := read_config(path)) is not None:
+        if name == "modules.json":
+            modules, secrets = redact.cleaned(read_list(path, _MAX_LIST))
+            hidden.extend(f"{name}: {key}" for key in secrets)
+            files[name] = _json(modules)
+        elif _is_config(name) and (data := read_config(path)) is not None:
             made, changed = clean(name, data)
             if changed:
                 files[name] = _json(made)
@@ -142,10 +166,11 @@ def copy_extras(
     config: Mapping[str, Any],
     keep_auto_map: bool = False,
     tokenizer: Files | None = None,
+    dtypes: Mapping[str, str] | None = None,
 ) -> tuple[str, ...]:
     """Finds the files of `find_extras` and writes them into the folder `to`; gives their names, sorted. Raises what the
     two raise; where an InputError is raised, nothing has been written."""
-    return find_extras(donor, config, keep_auto_map, tokenizer).write(to)
+    return find_extras(donor, config, keep_auto_map, tokenizer, dtypes).write(to)
 
 
 def tokenizer_files(checkpoint: Checkpoint) -> dict[str, Path]:
@@ -159,7 +184,17 @@ def _is_tokenizer(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) for glob in _TOKENIZER)
 
 
-def _json(data: Mapping[str, Any]) -> bytes:
+def is_copied(name: str, more: Sequence[str] = ()) -> bool:
+    """Whether the file of this name, without a folder, in a folder of a pipeline or of a model of sentence-transformers
+    goes along with its weights; `more` are further patterns."""
+    return any(fnmatch.fnmatchcase(name, glob) for glob in (*_OF_PARTS, *more))
+
+
+def _is_config(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name.rpartition("/")[2], glob) for glob in _CONFIGS)
+
+
+def _json(data: Any) -> bytes:
     return (json.dumps(data, indent=2) + "\n").encode()
 
 
@@ -201,8 +236,10 @@ def _put(content: Path | bytes, target: Path) -> None:
 
 
 def is_read_with_a_model(name: str) -> bool:
-    """Whether a file of this name in a model's folder, relative to it, changes what a program loads from there."""
-    if "/" in name:
-        return name.startswith(f"{_TEMPLATES}/")
-    known = any(fnmatch.fnmatchcase(name, glob) for glob in _WANTED)
-    return known or name in ("config.json", "adapter_config.json") or name.endswith(".py")
+    """Whether a file of this name in the folder of a model, or of one of its components, changes what a program loads
+    from there."""
+    home, _, name = name.rpartition("/")
+    if home.rpartition("/")[2] == _TEMPLATES:
+        return True
+    known = any(fnmatch.fnmatchcase(name, glob) for glob in (*_OF_PARTS, *_CONFIGS[1:], "sentence_*_config.json"))
+    return known or name in ("modules.json", "adapter_config.json") or name.endswith((".py", ".safetensors.index.json"))

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from mergekit_lite.checkpoint import forms
+from mergekit_lite.checkpoint.forms import MODULES, PIPELINE, Chosen, Files, choose_all, single_file
 from mergekit_lite.checkpoint.gguf import SUFFIX, gguf_files, open_gguf, parts_of
 from mergekit_lite.checkpoint.header import Header, read_header
+from mergekit_lite.checkpoint.hub import Listing as HubListing
 from mergekit_lite.checkpoint.hub import Unreachable, cached, fetch, fetch_beside, is_hub_id, is_offline, look
-from mergekit_lite.checkpoint.inside import inside, is_plain_name, read_object
+from mergekit_lite.checkpoint.inside import inside, read_object
+from mergekit_lite.checkpoint.listing import CONVERT, INDEX, KINDS, PICKLED, PICKLES, Listing, few
+from mergekit_lite.checkpoint.listing import AdapterFound as AdapterFound
 from mergekit_lite.checkpoint.masks import split_task, with_masks
 from mergekit_lite.checkpoint.meta import Checkpoint, Remote, TensorMeta
 from mergekit_lite.checkpoint.quantized import with_numbers
 from mergekit_lite.checkpoint.remote import read_headers
 from mergekit_lite.errors import InputError, Mark, Problem, did_you_mean
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 _MAX_CONFIG_BYTES = 16 * 2**20
-_MAX_INDEX_BYTES = 100_000_000
-_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_STEM = "pytorch_model"
-_CONVERT = (
-    "pickled weights can run code, so they are read only with `--allow-pickle`, and then as plain data; or load the "
-    "model once with transformers, `from_pretrained(...)`, and save it with `save_pretrained(...)`"
-)
 
 
 def open_checkpoint(
@@ -58,10 +52,6 @@ def open_checkpoint(
         raise type(error)([replace(problem, mark=problem.mark or mark) for problem in error.problems]) from error
 
 
-class AdapterFound(InputError):
-    """The location holds an adapter where a whole model is asked for."""
-
-
 def _open(location: str, revision: str | None, offline: bool, pickled: bool, stream: bool) -> Checkpoint:
     path = Path(os.path.abspath(os.path.expanduser(location)))
     if location and os.path.exists(path):
@@ -74,191 +64,172 @@ def _open(location: str, revision: str | None, offline: bool, pickled: bool, str
         if path.is_dir() and (found := gguf_files(path, location)) is not None:
             return open_gguf(location, path, found, location)
         if path.is_dir():
-            return _read(location, None, path, _list_folder(path, location, pickled), location)
-        if path.suffix != ".safetensors" and not (pickled and path.suffix in _PICKLES):
-            raise InputError(f"`{location}` is not a .safetensors file", hint=_CONVERT)
-        listing = _Listing((path.name,), pickled=pickled)
-        return _read(location, None, path.parent, listing, str(Path(location).parent), linked=True)
+            return _read_folder(location, None, path, location, pickled)
+        if path.suffix != ".safetensors" and not (pickled and path.suffix in PICKLES):
+            raise InputError(f"`{location}` is not a .safetensors file", hint=CONVERT)
+        chosen = forms.plain(Listing((path.name,), pickled=pickled))
+        return _read(location, None, path.parent, chosen, str(Path(location).parent), linked=True)
     if not is_hub_id(location):
-        raise InputError(f"there is no checkpoint at `{location}`", hint=_siblings(path, location) or _KINDS)
+        raise InputError(f"there is no checkpoint at `{location}`", hint=_siblings(path, location) or KINDS)
     try:
-        if stream and not is_offline(offline):
-            return _open_remote(location, revision, pickled)
-        folder, commit = fetch(location, revision, offline=offline)
-        if pickled and not any(name.endswith(".safetensors") for name in os.listdir(folder)):
-            folder, commit = fetch(location, revision, offline=offline, more=[f"{_STEM}*.bin"])
+        if not is_offline(offline):
+            return _open_hub(location, revision, pickled, stream)
+        folder, commit = _cached(location, revision)
     except InputError as error:
         # `out/mine` may be a model on the Hub or a misspelt folder: name what lies beside it too.
         near = _siblings(path, location)
         if near is None:
             raise
         raise InputError([replace(p, hint=f"{p.hint}; on this disk: {near}") for p in error.problems]) from error
-    return _read(location, commit, folder, _list_folder(folder, location, pickled), str(folder))
+    return _read_folder(location, commit, folder, str(folder), pickled)
 
 
-def _open_remote(location: str, revision: str | None, pickled: bool) -> Checkpoint:
-    """A model on the Hub by its headers; from the cache where that has the weights, or nothing else can be reached."""
+def _read_folder(location: str, commit: str | None, folder: Path, shown: str, pickled: bool) -> Checkpoint:
+    return _read(location, commit, folder, choose_all(folder, _on_disk(folder, location), location, pickled), shown)
+
+
+def _on_disk(folder: Path, location: str) -> Files:
+    """Lists the files of the checkpoint's folder, and of the folders in it."""
+
+    def names(within: str) -> list[str] | None:
+        home = inside(folder, within) if within else folder
+        if within and not home.is_dir():
+            return None
+        try:
+            return sorted(os.listdir(home))
+        except OSError as error:
+            raise InputError(
+                f"cannot read the folder `{os.path.join(location, within) if within else location}`: {error.strerror}"
+            ) from error
+
+    return names
+
+
+def _at_hub(seen: HubListing) -> Files:
+    """Lists the files of a model on the Hub by its folders."""
+    homes: dict[str, list[str]] = {"": []}
+    for name in sorted(seen.files):
+        home, _, file = name.rpartition("/")
+        homes.setdefault(home, []).append(file)
+    return homes.get
+
+
+def _cached(location: str, revision: str | None) -> tuple[Path, str | None]:
+    """The model's folder in the cache, and its commit, without asking the Hub. Raises InputError."""
+    try:
+        return fetch(location, revision, offline=True)
+    except InputError:
+        # Of a pipeline only the components' files were fetched, and whether they are there is seen when it is read.
+        folder, commit = fetch(location, revision, offline=True, names=[PIPELINE, MODULES])
+        if not any((folder / name).exists() for name in (PIPELINE, MODULES)):
+            raise
+        return folder, commit
+
+
+def _open_hub(location: str, revision: str | None, pickled: bool, stream: bool) -> Checkpoint:
+    """A model on the Hub: with `stream` by its headers, otherwise downloaded whole; from the cache where that has the
+    weights, or nothing else can be reached."""
     try:
         seen = look(location, revision)
     except Unreachable as error:
         try:
-            folder, commit = fetch(location, revision, offline=True)
+            folder, commit = _cached(location, revision)
         except InputError:
             raise error from None
-        return _read(location, commit, folder, _list_folder(folder, location, pickled), str(folder))
-    names = sorted(name for name in seen.files if "/" not in name)
-    indices = [INDEX, f"{_STEM}.bin.index.json"]
-    folder = fetch_beside(
-        location, seen.commit, [n for n in ("config.json", *indices) if n in names] or ["config.json"]
-    )
-    listing = _choose(folder, names, location, pickled)
-    if listing.pickled:
-        note = Problem(f"`{location}` holds pickled weights, which cannot be read in parts: it was downloaded whole")
-        folder, _ = fetch(location, seen.commit, more=[f"{_STEM}*.bin"])
-        return _read(location, seen.commit, folder, replace(listing, notes=(*listing.notes, note)), str(folder))
-    if cached(location, seen.commit, listing.files):
-        return replace(_read(location, seen.commit, folder, listing, str(folder)), thin=True)
-    remote = [(Remote(location, seen.commit, n, seen.files[n].etag, seen.files[n].large), n) for n in listing.files]
-    headers = read_headers((file, seen.files[name].nbytes) for file, name in remote)
-    return replace(_checkpoint(location, seen.commit, folder, listing, headers), thin=True)
-
-
-_KINDS = "give an existing folder, a .safetensors file, or a Hub id such as `organisation/name`"
-
-
-@dataclass(frozen=True, slots=True)
-class _Listing:
-    """Which files of a folder make up the checkpoint. `index` maps tensors to files; None: take every tensor. `pickled`
-    tells that they may be what `torch.save` wrote."""
-
-    files: tuple[str, ...]
-    index: Mapping[str, str] | None = None
-    notes: tuple[Problem, ...] = field(default=())
-    pickled: bool = False
-
-
-def _list_folder(folder: Path, location: str, pickled: bool) -> _Listing:
-    """Chooses the weight files of a folder as transformers does, and any consistent set where it would find none."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise InputError(f"cannot read the folder `{location}`: {error.strerror}") from error
-    return _choose(folder, names, location, pickled)
-
-
-def _choose(folder: Path, names: Sequence[str], location: str, pickled: bool) -> _Listing:
-    """The weight files among `names`; an index is read from `folder`."""
-    if INDEX in names:
-        listing = _read_index(folder, location, INDEX)
-        if SINGLE in names and SINGLE not in listing.files:
-            note = f"`{location}` holds both {SINGLE} and {INDEX}; as in transformers, {SINGLE} is read"
-            return _Listing((SINGLE,), notes=(Problem(note),))
-        return _all_there(listing, names, location)
-    if SINGLE in names:
-        return _Listing((SINGLE,))
-    files = [
-        name
-        for name in names
-        if name.endswith(".safetensors") and not name.startswith("consolidated") and name != "adapter_model.safetensors"
+        return _read_folder(location, commit, folder, str(folder), pickled)
+    files = _at_hub(seen)
+    names = files("") or ()
+    first = [name for name in (PIPELINE, MODULES, "config.json") if name in names]
+    if not stream and not {PIPELINE, MODULES} & set(names):
+        folder, commit = fetch(location, revision)
+        if pickled and not any(name.endswith(".safetensors") for name in names):
+            folder, commit = fetch(location, revision, more=[f"{PICKLED}*.bin"])
+        return _read_folder(location, commit, folder, str(folder), pickled)
+    folder = fetch_beside(location, seen.commit, first or ["config.json"])
+    homes = forms.folders_named(folder, first, location)
+    more = [
+        f"{home}/{name}".lstrip("/")
+        for home in ("", *homes)
+        for name in files(home) or ()
+        if name in ("config.json", forms.ROUTER) or ".index." in name
     ]
-    if files:
-        _check_numbers(files, location)
-        return _Listing(tuple(files))
-    if "adapter_config.json" in names or "adapter_model.safetensors" in names:
-        hint = f"name it with its base: `{{path: BASE, adapter: {location}}}` under `models`"
-        raise AdapterFound(f"`{location}` holds an adapter, not a whole model", hint=hint)
-    if pickled and f"{_STEM}.bin" in names:
-        return _Listing((f"{_STEM}.bin",), pickled=True)
-    if pickled and f"{_STEM}.bin.index.json" in names:
-        listing = _read_index(folder, location, f"{_STEM}.bin.index.json")
-        return replace(_all_there(listing, names, location), pickled=True)
-    if any(name.endswith(_PICKLES) for name in names):
-        raise InputError(f"`{location}` holds pickled weights and no .safetensors file", hint=_CONVERT)
-    raise InputError(f"`{location}` holds no .safetensors file", hint=f"{_KINDS}; {_CONVERT}")
-
-
-def _all_there(listing: _Listing, names: Sequence[str], location: str) -> _Listing:
-    missing = sorted(set(listing.files) - set(names))
-    if missing:
-        raise InputError(_missing(missing, len(listing.files), location))
-    return listing
-
-
-def _read_index(folder: Path, location: str, index: str) -> _Listing:
-    """The files that the index names. Raises InputError where one has a name that leads out of the folder."""
-    shown = os.path.join(location, index)
-    weight_map = read_object(inside(folder, index), _MAX_INDEX_BYTES, unique=True).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise InputError(f"`{shown}` has no `weight_map` from tensor names to file names", hint="download it again")
-    files = sorted(set(weight_map.values()))
-    outside = [file for file in files if not is_plain_name(file)]
-    if outside:
-        hint = "an index may name files of its own folder only; do not use a checkpoint that tries otherwise"
-        raise InputError(
-            [Problem(f"`{shown}` names a file outside its folder: `{f[:200]}`", hint=hint) for f in outside]
+    if set(more) - set(first):
+        folder = fetch_beside(location, seen.commit, more)
+    chosen = choose_all(folder, files, location, pickled)
+    if stream and not chosen.pickled:
+        if cached(location, seen.commit, chosen.files):
+            return replace(_read(location, seen.commit, folder, chosen, str(folder)), thin=True)
+        headers = read_headers(
+            (Remote(location, seen.commit, n, seen.files[n].etag, seen.files[n].large), seen.files[n].nbytes)
+            for n in chosen.files
         )
-    return _Listing(tuple(files), weight_map)
-
-
-def _check_numbers(files: Iterable[str], location: str) -> None:
-    """Raises InputError where files named -00001-of-00003 and so on are not all there."""
-    present = set(files)
-    # Each set of shards once: to ask for all the others at each of a hundred thousand files would take days.
-    for stem, digits in dict.fromkeys((m["stem"], m["count"]) for m in map(_NUMBERED.fullmatch, files) if m):
-        width, count = len(digits), int(digits)
-        if count > 100_000:
-            hint = "download it again; no model has so many files"
-            raise InputError(f"a file `{stem}-...` in `{location}` claims to be one of {count} shards", hint=hint)
-        wanted = [f"{stem}-{i:0{width}d}-of-{digits}.safetensors" for i in range(1, count + 1)]
-        missing = sorted(set(wanted) - present)
-        if missing:
-            raise InputError(_missing(missing, count, location))
-
-
-def _missing(missing: Sequence[str], count: int, location: str) -> Problem:
-    return Problem(
-        f"`{location}` lacks {len(missing)} of its {count} shards: {_few(missing)}",
-        hint="download the missing files into the folder; `hf download ID --local-dir FOLDER` goes on where it stopped",
-    )
+        return replace(_checkpoint(location, seen.commit, folder, chosen, headers), thin=True)
+    if stream:
+        note = Problem(f"`{location}` holds pickled weights, which cannot be read in parts: it was downloaded whole")
+        chosen = replace(chosen, notes=(*chosen.notes, note))
+    wanted = [*first, *more, *chosen.files, *(chosen.form.beside if chosen.form is not None else ())]
+    folder, commit = fetch(location, revision, names=wanted)
+    if commit != seen.commit:  # the branch has moved meanwhile
+        folder, _ = fetch(location, seen.commit, names=wanted)
+    return _read(location, seen.commit, folder, chosen, str(folder))
 
 
 def _read(
-    location: str, revision: str | None, folder: Path, listing: _Listing, shown: str, *, linked: bool = False
+    location: str, revision: str | None, folder: Path, chosen: Chosen, shown: str, *, linked: bool = False
 ) -> Checkpoint:
     """Reads config and headers. `shown` names the folder in messages; `linked` allows a weight file to be a link, since
     the user named that file."""
     headers: list[Header] = []
     problems: list[Problem] = []
-    for file in listing.files:
+    for file in chosen.files:
         try:
             path = folder / file if linked else inside(folder, file)
-            headers.append(_header(path, os.path.join(shown, file), listing.pickled))
+            headers.append(_header(path, os.path.join(shown, file), chosen.pickled))
         except InputError as error:
             problems += error.problems
     if problems:
         raise InputError(problems)
-    return _checkpoint(location, revision, folder, listing, headers)
+    return _checkpoint(location, revision, folder, chosen, headers)
 
 
 def _checkpoint(
-    location: str, revision: str | None, folder: Path, listing: _Listing, headers: Sequence[Header]
+    location: str, revision: str | None, folder: Path, chosen: Chosen, headers: Sequence[Header]
 ) -> Checkpoint:
-    tensors, notes = _collect(location, listing, headers)
+    tensors: dict[str, TensorMeta] = {}
+    notes = list(chosen.notes)
+    left = list(headers)
+    for part, listing in chosen.parts:
+        own, left = left[: len(listing.files)], left[len(listing.files) :]
+        shown = os.path.join(location, part.folder) if part.folder else location
+        found, remarks = _collect(shown, listing, own)
+        notes += [*listing.notes, *remarks]
+        named = {f"{part.prefix}{n}": m for n, m in found.items()} if part.prefix else found
+        both = sorted(tensors.keys() & named)
+        if both:
+            raise InputError(f"`{location}` holds tensors twice: {few(both)}", hint=f"look into `{part.folder}`")
+        tensors |= {n: replace(m, name=n) for n, m in named.items()} if part.prefix else named
     if not tensors:
         raise InputError(f"`{location}` holds no tensors", hint="download it again")
-    config = {}
-    if os.path.lexists(folder / "config.json"):
+    config: Mapping[str, object] = {}
+    form = chosen.form
+    if os.path.lexists(folder / "config.json") and not (form is not None and form.pipeline):
         config = read_object(inside(folder, "config.json"), _MAX_CONFIG_BYTES)
     config, tensors = with_numbers(config, tensors)
+    metadata = {key: value for header in reversed(headers) for key, value in header.metadata.items()}
+    if form is None and len(chosen.files) == 1:
+        form = single_file(chosen.files[0], config, tensors, metadata)
+        config = {} if form is not None else config
+    homes = [part.folder for part, listing in chosen.parts for _ in listing.files]
     return Checkpoint(
         location=location,
         revision=revision,
         folder=folder,
         config=config,
         tensors=tensors,
-        shards=tuple(header.shard for header in headers),
-        metadata={key: value for header in reversed(headers) for key, value in header.metadata.items()},
-        notes=(*listing.notes, *notes),
+        shards=tuple(replace(header.shard, within=home) for header, home in zip(headers, homes, strict=True)),
+        metadata=metadata,
+        notes=tuple(notes),
+        form=form,
     )
 
 
@@ -270,9 +241,7 @@ def _header(path: Path, shown: str, pickled: bool) -> Header:
     return read_pickled(path, shown)
 
 
-def _collect(
-    location: str, listing: _Listing, headers: Sequence[Header]
-) -> tuple[dict[str, TensorMeta], list[Problem]]:
+def _collect(location: str, listing: Listing, headers: Sequence[Header]) -> tuple[dict[str, TensorMeta], list[Problem]]:
     """The tensors of all shards by name, in order of shard and offset; the index decides where there is one."""
     tensors: dict[str, TensorMeta] = {}
     twice: list[str] = []
@@ -287,21 +256,15 @@ def _collect(
                 tensors[meta.name] = meta
     if twice:
         hint = "name the one .safetensors file that is meant, or add an index that says which file holds which tensor"
-        raise InputError(f"`{location}` holds {len(twice)} tensors in two files each: {_few(twice)}", hint=hint)
+        raise InputError(f"`{location}` holds {len(twice)} tensors in two files each: {few(twice)}", hint=hint)
     if listing.index is None:
         return tensors, []
     absent = [f"{name} ({file})" for name, file in listing.index.items() if name not in tensors]
     if absent:
-        problem = f"{INDEX} of `{location}` promises {len(absent)} tensors that its shards lack: {_few(absent)}"
+        problem = f"{INDEX} of `{location}` promises {len(absent)} tensors that its shards lack: {few(absent)}"
         raise InputError(problem, hint="index and shards belong to different versions: download all of them again")
     note = f"{unlisted} tensors in the shards of `{location}` are not in its index and take no part"
     return tensors, [Problem(note)] if unlisted else []
-
-
-def _few(names: Sequence[str]) -> str:
-    """The first names and how many more there are."""
-    shown = ", ".join(name[:200] for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
 def _siblings(path: Path, location: str) -> str | None:
@@ -315,4 +278,4 @@ def _siblings(path: Path, location: str) -> str | None:
     near = did_you_mean(path.name, names)
     if near is not None:
         return f"did you mean `{os.path.join(parent, near)}`?"
-    return f"`{parent or '.'}` holds {_few(names)}" if names and location else None
+    return f"`{parent or '.'}` holds {few(names)}" if names and location else None

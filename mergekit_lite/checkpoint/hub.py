@@ -67,13 +67,18 @@ def is_offline(offline: bool) -> bool:
 
 
 def fetch(
-    repo: str, revision: str | None, *, offline: bool = False, more: Sequence[str] = ()
+    repo: str,
+    revision: str | None,
+    *,
+    offline: bool = False,
+    more: Sequence[str] = (),
+    names: Sequence[str] | None = None,
 ) -> tuple[Path, str | None]:
     """The folder in the cache that holds the model's files, and the commit that `revision` (None: main) stands for.
 
-    Downloads what the cache lacks, of weights the safetensors files and those that `more` matches; with `offline`, or
-    HF_HUB_OFFLINE set, only the cache is looked at. Raises InputError where the model, the revision or the network is
-    missing. No message holds a signed URL or a token.
+    Downloads what the cache lacks, of weights the safetensors files and those that `more` matches, or the files of
+    these `names` alone; with `offline`, or HF_HUB_OFFLINE set, only the cache is looked at. Raises InputError where the
+    model, the revision or the network is missing. No message holds a signed URL or a token.
     """
     refuse_in_sandbox(repo)
     from huggingface_hub import snapshot_download
@@ -83,8 +88,8 @@ def fetch(
         folder = snapshot_download(
             repo,
             revision=revision,
-            allow_patterns=[*_WANTED, *more],
-            ignore_patterns=_UNWANTED,
+            allow_patterns=[*_WANTED, *more] if names is None else list(names),
+            ignore_patterns=_UNWANTED if names is None else None,
             local_files_only=offline,
         )
     path = Path(folder)
@@ -121,7 +126,10 @@ def fetch_beside(repo: str, commit: str, names: Sequence[str] | None = None) -> 
     with explained(repo, commit), _progress_on_a_terminal_only():
         folder = patiently(
             lambda: snapshot_download(
-                repo, revision=commit, allow_patterns=wanted, ignore_patterns=[_WEIGHTS, *_UNWANTED]
+                repo,
+                revision=commit,
+                allow_patterns=wanted,
+                ignore_patterns=[_WEIGHTS, *(_UNWANTED if names is None else ())],
             ),
             tries=4 * (2 + len(wanted)),
         )

@@ -13,6 +13,7 @@ from mergekit_lite.errors import InputError
 
 # huggingface_hub marks its cache-wide store of deduplicated files with this file.
 _SHARED_BLOBS_MARKER = ".huggingface-shared-blobs"
+_AGAIN = "download the file again"
 
 
 def is_plain_name(name: str) -> bool:
@@ -85,38 +86,49 @@ def read_object(path: Path, limit: int, *, unique: bool = False) -> dict[str, An
     return parse_object(read_bytes(path, limit), path, unique=unique)
 
 
+def read_list(path: Path, limit: int) -> list[Any]:
+    """The JSON list in the file at `path`, otherwise as `read_object`."""
+    made = _parsed(read_bytes(path, limit), path, unique=True)
+    if not isinstance(made, list):
+        raise InputError(f"`{path}` is not a JSON list", hint=_AGAIN)
+    return made
+
+
 def parse_object(text: bytes, path: Path, *, unique: bool = False) -> dict[str, Any]:
     """The JSON object that `text`, read from `path`, writes.
 
     NaN and Infinity are accepted, since transformers writes them. A key that stands twice in an object has its last
     value, as in transformers, or with `unique` is an error. Raises InputError for anything else than an object.
     """
-    hint = "download the file again"
+    made = _parsed(text, path, unique)
+    if not isinstance(made, dict):
+        raise InputError(f"`{path}` is not a JSON object", hint=_AGAIN)
+    return made
 
+
+def _parsed(text: bytes, path: Path, unique: bool) -> Any:
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(found)
         if len(made) < len(found):
             twice = Counter(key for key, _ in found).most_common(1)[0][0]
             raise InputError(
-                f"`{twice[:200]}` stands twice in `{path}`, and two readers may take two values", hint=hint
+                f"`{twice[:200]}` stands twice in `{path}`, and two readers may take two values", hint=_AGAIN
             )
         return made
 
     try:
         made = json.loads(text.decode("utf-8-sig"), object_pairs_hook=pairs if unique else None)
     except UnicodeDecodeError as error:
-        raise InputError(f"`{path}` is not UTF-8 at byte {error.start}", hint=hint) from error
+        raise InputError(f"`{path}` is not UTF-8 at byte {error.start}", hint=_AGAIN) from error
     except RecursionError as error:
-        raise InputError(f"`{path}` is nested too deeply", hint=hint) from error
+        raise InputError(f"`{path}` is nested too deeply", hint=_AGAIN) from error
     except json.JSONDecodeError as error:
         message = f"`{path}` is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        raise InputError(message, hint=hint) from error
+        raise InputError(message, hint=_AGAIN) from error
     except ValueError as error:  # an integer of more digits than Python turns into a number
-        raise InputError(f"`{path}` holds a number that is too long", hint=hint) from error
-    if not isinstance(made, dict):
-        raise InputError(f"`{path}` is not a JSON object", hint=hint)
+        raise InputError(f"`{path}` holds a number that is too long", hint=_AGAIN) from error
     if not _is_shallow(made):
-        raise InputError(f"`{path}` is nested too deeply", hint=hint)
+        raise InputError(f"`{path}` is nested too deeply", hint=_AGAIN)
     return made
 
 

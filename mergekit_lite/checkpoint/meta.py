@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,13 +111,62 @@ class Remote:
 @dataclass(frozen=True, slots=True)
 class ShardFile:
     """One input file's identity: path, size in bytes, mtime in nanoseconds and the SHA-256 of its header. A file that
-    is read from the Hub by ranges is `remote`, and has no mtime (0)."""
+    is read from the Hub by ranges is `remote`, and has no mtime (0). `within` is the folder, below the checkpoint's,
+    that it lies in."""
 
     path: str
     nbytes: int
     mtime_ns: int
     header_sha256: str
     remote: Remote | None = None
+    within: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its name, relative to the checkpoint's folder."""
+        name = os.path.basename(self.path)
+        return f"{self.within}/{name}" if self.within else name
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The weights of one folder of a checkpoint: `folder` is relative to the checkpoint's, empty for that itself.
+
+    `prefix` stands before the stored names of its tensors in everything but the files; a file is named `stem`, and
+    never divided where `whole`. `kind` is the class that the checkpoint says it is of, empty where it does not;
+    `config` its config.json, which an output rewrites.
+    """
+
+    folder: str
+    prefix: str
+    stem: str = "model"
+    whole: bool = False
+    kind: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a checkpoint is laid out where it is no folder of transformers.
+
+    `kind` is `diffusers`, `sentence-transformers`, `timm` or `file`. `parts` hold its weights; `beside` are the files,
+    relative to its folder, that an output takes over, `metadata` what it takes over of the headers' metadata.
+    """
+
+    kind: str
+    parts: tuple[Part, ...]
+    beside: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def configs(self) -> dict[str, Mapping[str, Any]]:
+        """The configurations of the parts whose tensors have a prefix, by the prefix."""
+        return {part.prefix: part.config for part in self.parts if part.prefix}
+
+    @property
+    def pipeline(self) -> bool:
+        """Whether it is of several models, not of one with something behind it."""
+        return self.kind == "diffusers" and any(part.folder for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +237,7 @@ class Checkpoint:
     person may want to see, such as tensors on disk that the index leaves out. With an `adapter`, `tensors` are the
     base's, to which it is added when they are read, and `shards` hold its files too; so it is with `masks`. Where
     `thin`, the folder lies in the Hub's cache and may lack files beside config.json, which `hub.fetch_beside` fetches.
+    `form` is None for the layout of transformers.
     """
 
     location: str
@@ -200,3 +251,9 @@ class Checkpoint:
     adapter: Adapter | None = None
     thin: bool = False
     masks: Masks | None = None
+    form: Form | None = None
+
+    @property
+    def configs(self) -> dict[str, Mapping[str, Any]]:
+        """As of its form."""
+        return self.form.configs if self.form is not None else {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -197,9 +196,10 @@ def _table(opened: Checkpoint, tensors: bool, found: Mapping[str, Stats | None] 
     columns += ["bytes", "shard"] if tensors else []
     columns += STATS if found is not None else []
     rows = []
+    files = {shard.path: shard.name for shard in opened.shards}
     for meta in opened.tensors.values():
         row = [meta.name, show.shape(meta.shape), meta.stored]
-        row += [f"{meta.nbytes:,}", Path(meta.file).name] if tensors else []
+        row += [f"{meta.nbytes:,}", files[meta.file]] if tensors else []
         row += _cells(found[meta.name]) if found is not None else []
         rows.append(row)
     if found is not None:
@@ -225,9 +225,10 @@ def _as_json(
     made = seen.as_json()
     if tensors or found is not None:
         entries: list[dict[str, object]] = []
+        files = {shard.path: shard.name for shard in opened.shards}
         for meta in opened.tensors.values():
             entry: dict[str, object] = {"name": meta.name, "shape": meta.shape, "dtype": meta.stored}
-            entry |= {"bytes": meta.nbytes, "shard": Path(meta.file).name}
+            entry |= {"bytes": meta.nbytes, "shard": files[meta.file]}
             if found is not None:
                 stats = found[meta.name]
                 entry["stats"] = None if stats is None else stats.as_json()

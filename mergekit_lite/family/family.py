@@ -65,12 +65,17 @@ class Family:
         return None
 
 
-def family_of(config: Mapping[str, Any], names: Iterable[str]) -> Family:
+def family_of(
+    config: Mapping[str, Any], names: Iterable[str], parts: Mapping[str, Mapping[str, Any]] | None = None
+) -> Family:
     """The family of the checkpoint with this config.json and these tensor names.
 
+    `parts` gives the configurations of those parts whose names begin with a prefix of their own, by the prefix.
     The model type decides, or that of the nested `text_config`. Where it is unknown, or no layer stands where the
     family has its layers, the family is `unknown` and its stacks are read off the numbers in the names.
     """
+    if parts:
+        return _joined(config, list(names), parts)
     names = list(names)
     model_type, section = section_of(config, families())
     data = families().get(model_type or "")
@@ -92,6 +97,20 @@ def family_of(config: Mapping[str, Any], names: Iterable[str]) -> Family:
             rows = tuple(prefix.fill(name) for name in data.vocabulary)
             return Family(data.name, tuple(stacks), tied, data.experts, rows)
     return _unknown(config, names)
+
+
+def _joined(config: Mapping[str, Any], names: list[str], parts: Mapping[str, Mapping[str, Any]]) -> Family:
+    """The layers and tied tensors of all parts."""
+    groups: dict[str, list[str]] = {prefix: [] for prefix in ("", *parts)}
+    for name in names:
+        groups[max((prefix for prefix in parts if name.startswith(prefix)), key=len, default="")].append(name)
+    own = family_of(config, groups.pop(""))
+    stacks, tied = list(own.stacks), list(own.tied)
+    for prefix, inner in groups.items():
+        found = family_of(parts[prefix], [name.removeprefix(prefix) for name in inner])
+        stacks += [Stack(prefix + one.name, prefix + one.template, one.count, None) for one in found.stacks]
+        tied += [(prefix + alias, prefix + canonical) for alias, canonical in found.tied]
+    return Family(own.name, tuple(stacks), tuple(tied), own.experts, own.vocabulary)
 
 
 def _unknown(config: Mapping[str, Any], names: list[str]) -> Family:

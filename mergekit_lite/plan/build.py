@@ -93,7 +93,7 @@ def _build(
     for name, checkpoint in checkpoints.items():
         family = next((known for other, known in families if _alike(other, checkpoint)), None)
         if family is None:
-            family = family_of(checkpoint.config, checkpoint.tensors)
+            family = family_of(checkpoint.config, checkpoint.tensors, checkpoint.configs)
             families.append((checkpoint, family))
         table, pairs = model_table(builder, name, checkpoint, family)
         tied += pairs
@@ -161,7 +161,7 @@ def _needed(units: Sequence[Unit], builder: Builder) -> tuple[dict[str, tuple[No
 
 def _alike(one: Checkpoint, other: Checkpoint) -> bool:
     """Whether both are of one family, for sure: they have one configuration and the same names."""
-    return one.config == other.config and list(one.tensors) == list(other.tensors)
+    return (one.config, one.configs) == (other.config, other.configs) and list(one.tensors) == list(other.tensors)
 
 
 def model_table(
@@ -173,6 +173,7 @@ def model_table(
     tied = [(tensors[alias], tensors[to]) for alias, to in family.tied if alias in tensors and to in tensors]
     aliases = {alias.name for alias, _ in tied}
     metas = {key: meta for key, meta in tensors.items() if key not in aliases}
+    configs = (checkpoint.config, *checkpoint.configs.values())
     table = Table(
         space="weight",
         nodes={key: builder.load(meta) for key, meta in metas.items()},
@@ -180,7 +181,8 @@ def model_table(
         donor=name,
         config=checkpoint.config,
         family=family,
-        quantized=refused(checkpoint.config, checkpoint.folder),
+        quantized=next(filter(None, (refused(c, checkpoint.folder) for c in configs)), None),
+        form=checkpoint.form,
     )
     return table, tied
 

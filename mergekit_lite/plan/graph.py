@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mergekit_lite.checkpoint.meta import TensorMeta
+from mergekit_lite.checkpoint.meta import Form, TensorMeta
 from mergekit_lite.checkpoint.quantized import Codes
 from mergekit_lite.family.family import Family
 from mergekit_lite.methods.permute import permuted
@@ -23,7 +23,7 @@ class Table:
 
     `space` is `weight` or `delta`; `dtypes` are the stored dtypes (safetensors codes) that a save without `dtype`
     keeps. `donor` is the model that gives configuration and tokenizer, `config` its config.json with a change of depth
-    applied. `quantized` tells of numbers that are codes, fit for copying only.
+    applied, `form` how the files are laid out. `quantized` tells of numbers that are codes, fit for copying only.
     """
 
     space: str
@@ -33,6 +33,7 @@ class Table:
     config: Mapping[str, Any]
     family: Family
     quantized: Codes | None = None
+    form: Form | None = None
 
 
 class PoolConflict(Exception):

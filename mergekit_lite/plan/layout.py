@@ -1,4 +1,4 @@
-"""Where every output byte lies: tensors into shards, shards into headers and offsets, the index beside them."""
+"""Where every output byte lies: tensors into shards, shards into headers and offsets, the indices beside them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import math
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from mergekit_lite.checkpoint.meta import DTYPE_BITS, MERGEABLE
+from mergekit_lite.checkpoint.meta import DTYPE_BITS, MERGEABLE, Part
 from mergekit_lite.checkpoint.writer import encode_header
 from mergekit_lite.methods.fp8 import BLOCK
 from mergekit_lite.plan.graph import Table
 from mergekit_lite.plan.model import Node, Output, OutShard, OutTensor
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SCALE = "_scale_inv"  # what the name of an FP8 weight is followed by in that of its scales
 Places = Mapping[str, tuple[tuple[str, str, tuple[int, ...], int], int]]
 # Names of dtypes as recipes write them -> safetensors codes.
@@ -25,6 +23,7 @@ SAVE_DTYPES: Mapping[str, str] = {
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
+_PLAIN = (Part("", ""),)
 
 
 def build_output(
@@ -36,41 +35,58 @@ def build_output(
     recipe_text: str,
     fp8: Container[str] = (),
 ) -> Output:
-    """The files of one `save`. `dtype` (a recipe's name) replaces the stored dtype of tensors that hold numbers to
-    merge; integers, booleans and codes keep theirs. `shard` is the most bytes of tensors in one file. The tensors `fp8`
-    become FP8 and have their scales in the same file."""
+    """The files of one `save`, a part of the checkpoint after the other. `dtype` (a recipe's name) replaces the stored
+    dtype of tensors that hold numbers to merge; integers, booleans and codes keep theirs. `shard` is the most bytes of
+    tensors in one file. The tensors `fp8` become FP8 and have their scales in the same file."""
     stored = {name: "F8_E4M3" if name in fp8 else out_dtype(table.dtypes[name], dtype) for name in table.nodes}
     beside = {name: _scales(node.shape) for name, node in table.nodes.items() if name in fp8}
     sizes = {name: nbytes(node, stored[name]) for name, node in table.nodes.items()}
     for name, shape in beside.items():
         sizes[name] += 4 * math.prod(shape)
-    groups = _fill(sizes, shard)
-    files = [SINGLE] if len(groups) == 1 else [
-        f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)
-    ]  # fmt: skip
     # "format" is what transformers looks for; the recipe travels with every shard.
-    metadata = {"format": "pt", "mergekit_lite.recipe": recipe_text}
+    kept = table.form.metadata if table.form is not None else {}
+    metadata = {**kept, "format": "pt", "mergekit_lite.recipe": recipe_text}
     shards: list[OutShard] = []
-    for number, (file, names) in enumerate(zip(files, groups, strict=True)):
-        rows = [(n, stored[n], table.nodes[n].shape, nbytes(table.nodes[n], stored[n])) for n in names]
-        scales = [(f"{n}{SCALE}", "F32", beside[n], 4 * math.prod(beside[n])) for n in names if n in beside]
-        if scales:  # the widest numbers first, so that each begins at a multiple of its size
-            rows = sorted([*scales, *rows], key=lambda row: -DTYPE_BITS[row[1]])
-        header, starts = encode_header(rows, metadata)
-        places = {row[0]: (row, start) for row, start in zip(rows, starts, strict=True)}
+    indices: dict[str, Mapping[str, Any]] = {}
+    for part, members in by_part(table):
+        total = sum(sizes[name] for name in members)
+        groups = _fill({name: sizes[name] for name in members}, total if part.whole else shard)
+        files = [f"{part.stem}.safetensors"] if len(groups) == 1 else [
+            f"{part.stem}-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)
+        ]  # fmt: skip
+        home = f"{part.folder}/" if part.folder else ""
+        weight_map: dict[str, str] = {}
+        for file, names in zip(files, groups, strict=True):
+            rows = [(n, stored[n], table.nodes[n].shape, nbytes(table.nodes[n], stored[n])) for n in names]
+            scales = [(f"{n}{SCALE}", "F32", beside[n], 4 * math.prod(beside[n])) for n in names if n in beside]
+            if scales:  # the widest numbers first, so that each begins at a multiple of its size
+                rows = sorted([*scales, *rows], key=lambda row: -DTYPE_BITS[row[1]])
+            header, starts = encode_header([(row[0].removeprefix(part.prefix), *row[1:]) for row in rows], metadata)
+            places = {row[0]: (row, start) for row, start in zip(rows, starts, strict=True)}
 
-        def made(name: str, node: Node, number: int, places: Places) -> OutTensor:
-            (_, code, shape, size), start = places[name]
-            scale = made(f"{name}{SCALE}", node, number, places) if name in beside else None
-            return OutTensor(name, shape, code, node, number, start, size, scale)
+            def made(name: str, node: Node, number: int, places: Places) -> OutTensor:
+                (_, code, shape, size), start = places[name]
+                scale = made(f"{name}{SCALE}", node, number, places) if name in beside else None
+                return OutTensor(name, shape, code, node, number, start, size, scale)
 
-        tensors = tuple(made(name, table.nodes[name], number, places) for name in names)
-        shards.append(OutShard(file, header, len(header) + sum(row[3] for row in rows), tensors))
-    index: dict[str, Any] | None = None
-    if len(shards) > 1:
-        weight_map = {t.name: s.file for s in shards for tensor in s.tensors for t in tensor.parts}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-    return Output(to, step, tuple(shards), index, dict(table.config), table.donor)
+            tensors = tuple(made(name, table.nodes[name], len(shards), places) for name in names)
+            shards.append(OutShard(home + file, header, len(header) + sum(row[3] for row in rows), tensors))
+            weight_map |= {t.name.removeprefix(part.prefix): file for tensor in tensors for t in tensor.parts}
+        if len(groups) > 1:
+            name = f"{home}{part.stem}.safetensors.index.json"
+            indices[name] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return Output(to, step, tuple(shards), indices, dict(table.config), table.donor)
+
+
+def by_part(table: Table) -> list[tuple[Part, list[str]]]:
+    """The names of a table's tensors by the part of the checkpoint that they belong to, parts without tensors too."""
+    parts = _PLAIN if table.form is None else table.form.parts
+    found: dict[str, list[str]] = {part.prefix: [] for part in parts}
+    for name in table.nodes:
+        home = max((prefix for prefix in found if name.startswith(prefix)), key=len, default=None)
+        if home is not None:
+            found[home].append(name)
+    return [(part, found[part.prefix]) for part in parts]
 
 
 def _scales(shape: tuple[int, ...]) -> tuple[int, ...]:

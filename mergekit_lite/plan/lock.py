@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
@@ -50,8 +49,7 @@ def lock_text(
         "set": list(recipe.overrides),
         "inputs": {
             name: [
-                {"file": Path(file.path).name, "bytes": file.nbytes, **_digest(inputs[file.path])}
-                for file in checkpoint.shards
+                {"file": file.name, "bytes": file.nbytes, **_digest(inputs[file.path])} for file in checkpoint.shards
             ]
             for name, checkpoint in plan.checkpoints.items()
         },
@@ -178,7 +176,7 @@ def changed_inputs(
     problems: list[Problem] = []
     for name, files in ((lock or {}).get("inputs") or {}).items():
         checkpoint = checkpoints.get(name)
-        now = {Path(shard.path).name: shard for shard in checkpoint.shards} if checkpoint else {}
+        now = {shard.name: shard for shard in checkpoint.shards} if checkpoint else {}
         for file in files:
             shard = now.get(file["file"])
             if shard is None or not (_is(file, inputs[shard.path]) or _is_unchecked(file, shard)):
@@ -194,7 +192,7 @@ def unchecked_inputs(
     """A note on inputs for which the lock has a digest that nobody can form without all of their bytes."""
     names = []
     for name, files in ((lock or {}).get("inputs") or {}).items():
-        now = {Path(shard.path).name: shard for shard in checkpoints[name].shards} if name in checkpoints else {}
+        now = {shard.name: shard for shard in checkpoints[name].shards} if name in checkpoints else {}
         shards = [(file, now[file["file"]]) for file in files if file["file"] in now]
         if any(not _is(file, inputs[shard.path]) and _is_unchecked(file, shard) for file, shard in shards):
             names.append(name)

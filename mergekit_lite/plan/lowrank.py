@@ -180,7 +180,7 @@ def adapter_output(
     tied = {alias for alias, canonical in base.family.tied if canonical in parts.whole}
     whole = parts.modules(name for name in parts.whole if name not in tied)
     config = adapter_config(base.config, checkpoint, kept, whole, bool(parts.biases), any_turned, bool(tied))
-    return Output(to, step, (shard,), None, {}, base.donor, config)
+    return Output(to, step, (shard,), {}, {}, base.donor, config)
 
 
 def measured_output(builder: Builder, save: Save, step: str, parts: Parts, base: Table) -> Output:
@@ -196,7 +196,7 @@ def measured_output(builder: Builder, save: Save, step: str, parts: Parts, base:
         call = measuring()(Slot(0), **settings, transposed=transposed)
         found = builder.call(call, [node], [step], step, name)
         tensors.append(OutTensor(name, (1,), "F32", found, 0, 4 * len(tensors), 4))
-    return Output("ranks", step, (OutShard("ranks", b"", 4 * len(tensors), tuple(tensors)),), None, {}, base.donor)
+    return Output("ranks", step, (OutShard("ranks", b"", 4 * len(tensors), tuple(tensors)),), {}, {}, base.donor)
 
 
 def most(rank: int | None, shape: tuple[int, ...]) -> int:

@@ -111,13 +111,13 @@ class OutShard:
 class Output:
     """One `save`: a folder of shards with the configuration files of `donor`, or an adapter, whose configuration
     `adapter` is. Of an adapter's tensors those of a module lie together and are one tensor here. `tokenizer`, where it
-    is given, holds the files that take the place of the donor's tokenizer, by name. `store` are the tasks of a mask
-    store."""
+    is given, holds the files that take the place of the donor's tokenizer, by name. `indices` say, by their own names,
+    which file holds which tensor where weights are divided. `store` are the tasks of a mask store."""
 
     to: str
     step: str
     shards: tuple[OutShard, ...]
-    index: Mapping[str, Any] | None
+    indices: Mapping[str, Mapping[str, Any]]
     config: Mapping[str, Any]
     donor: str
     adapter: Mapping[str, Any] | None = None

@@ -16,6 +16,7 @@ from mergekit_lite.plan.lock import pinned
 from mergekit_lite.plan.lowrank import Ranks, adapter_output, fault_of, measured_output, parts_of
 from mergekit_lite.plan.masks import mask_output
 from mergekit_lite.plan.model import Output
+from mergekit_lite.plan.parts import output_faults
 from mergekit_lite.plan.quantize import in_fp8
 from mergekit_lite.plan.vocabulary import Remapped, beside
 from mergekit_lite.recipe.links import final_step
@@ -56,7 +57,10 @@ def make_outputs(
         # go in: a lock, which names them, gives the same bytes again.
         saved = replace(save, step=Ref(step, save.mark), to=None, push=None)
         text = to_yaml(replace(pinned(recipe, checkpoints), saves=(saved,)))
-        if save.lora is not None:
+        faults = list(output_faults(step, table, save)) if table.nodes else []
+        if faults:
+            problems += faults
+        elif save.lora is not None:
             outputs += adapters.output(str(place), number, save, step, table, text)
         elif save.masks is not None:
             if all(ref.name in tables for ref in save.beside):

@@ -75,12 +75,14 @@ def build_stack(
         nodes[new] = source.table.nodes[old]
         dtypes[new] = source.table.dtypes[old]
     config = restacked_config(lead.table.config, lead_stack, [(source.table.config, index) for source, index in picked])
-    return replace(lead.table, nodes=nodes, dtypes=dtypes, config=config, family=family_of(config, nodes)), []
+    parts = lead.table.form.configs if lead.table.form is not None else None
+    return replace(lead.table, nodes=nodes, dtypes=dtypes, config=config, family=family_of(config, nodes, parts)), []
 
 
 def _stack(source: Source) -> Stack | None:
-    stacks = source.table.family.stacks
-    return stacks[0] if len(stacks) == 1 else None
+    stacks, form = source.table.family.stacks, source.table.form
+    # The configuration of a component would have to follow.
+    return stacks[0] if len(stacks) == 1 and not (form is not None and form.pipeline) else None
 
 
 def _outside(lead: Source, lower: Source, upper: Source) -> tuple[list[tuple[Source, str]], list[tuple[Source, str]]]:

@@ -12,6 +12,7 @@ from mergekit_lite.methods.registry import expand
 from mergekit_lite.methods.spec import Call, Method, Params, Slot, keywords
 from mergekit_lite.plan.graph import Builder, PoolConflict, Table
 from mergekit_lite.plan.model import Node
+from mergekit_lite.plan.parts import part_faults
 from mergekit_lite.plan.settings import Unset, constant, resolve
 from mergekit_lite.recipe.model import Step
 from mergekit_lite.recipe.value import glob_matches
@@ -62,7 +63,7 @@ def build_step(
 ) -> tuple[Table, list[Problem]]:
     """The result of `step` and what is wrong with it. `further` are what the method's `reference` settings name.
     `delta` and `add` are the methods of these names, which go around a delta method that has a base."""
-    problems = _space_faults(step, method, sources, base)
+    problems = [*_space_faults(step, method, sources, base), *part_faults(step, sources, base)]
     lead = base or sources[0]
     empty = replace(lead.table, nodes={}, space=_space(method, sources, base))
     if problems:

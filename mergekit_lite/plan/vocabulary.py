@@ -74,6 +74,9 @@ def remap(
     wish, save = _wish(recipe)
     if wish is None or save is None:
         return None, []
+    if any((form := tables[name].form) is not None and form.pipeline for name in merged):
+        hint = "leave it out: those of the pipeline's folders are copied as they are"
+        raise RecipeError(Problem("`tokenizer` is for language models, not for pipelines", wish.mark, hint))
     step = save.step.name if save.step else final_step(recipe)
     donor = donor_of(recipe, step)
     base = donor_of(recipe, wish.base.name) if wish.base is not None else base_of(recipe, step)

@@ -100,8 +100,9 @@ def _metadata(folder: Path, line: Lineage, methods: Sequence[str], outcome: lice
         data["license"] = found.id
         data |= {"license_name": found.name} if found.name else {}
         data |= {"license_link": found.link} if found.link else {}
-    if _is_of_transformers(folder):
-        data["library_name"] = "transformers"
+    library = _library(folder)
+    if library is not None:
+        data["library_name"] = library
     tasks = set(texts(cards, "pipeline_tag", _TASK))
     if len(tasks) == 1:
         data["pipeline_tag"] = tasks.pop()
@@ -114,10 +115,16 @@ def _metadata(folder: Path, line: Lineage, methods: Sequence[str], outcome: lice
     return f"---\n{text}---\n\n"
 
 
-def _is_of_transformers(folder: Path) -> bool:
+def _library(folder: Path) -> str | None:
+    """The library that loads the output, by the name that the Hub has for it."""
+    for file, library in (("model_index.json", "diffusers"), ("modules.json", "sentence-transformers")):
+        if (folder / file).exists():
+            return library
     if not (folder / "config.json").exists():
-        return False
-    return isinstance(read_object(inside(folder, "config.json"), _CONFIG).get("model_type"), str)
+        return None
+    config = read_object(inside(folder, "config.json"), _CONFIG)
+    keys = (("model_type", "transformers"), ("_class_name", "diffusers"), ("architecture", "timm"))
+    return next((library for key, library in keys if isinstance(config.get(key), str)), None)
 
 
 def _about(line: Lineage, methods: Sequence[str]) -> str:

@@ -202,10 +202,12 @@ class _Push:
 
     def _check_foreign(self, there: Mapping[str, Any], removed: Sequence[str]) -> None:
         """Raises InputError where a model lies there that no push of this program has written."""
+        homes = {name.rpartition("/")[0] for name in self.names}
+        read = [n for n in there if n.rpartition("/")[0] in homes]
         if LOCK in there:
-            strange = [n for n in there if n.endswith(_WEIGHTS) and n not in (*self.names, *removed) and "/" not in n]
+            strange = [n for n in read if n.endswith(_WEIGHTS) and n not in (*self.names, *removed)]
         else:
-            strange = [n for n in there if "/" not in n and (n.endswith(_WEIGHTS) or is_read_with_a_model(n))]
+            strange = [n for n in read if n.endswith(_WEIGHTS) or is_read_with_a_model(n)]
         if strange:
             hint = "push to another repository, or remove these files there if they are not needed"
             what = f"`{self.to.repo}` holds files of a model that `merge push` has not written: {few(sorted(strange))}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mergekit_lite.checkpoint.header import Header, read_header
-from mergekit_lite.checkpoint.inside import inside, read_object
+from mergekit_lite.checkpoint.inside import inside, read_list, read_object
 from mergekit_lite.checkpoint.meta import TensorMeta
 from mergekit_lite.errors import InputError, Problem
 from mergekit_lite.family.family import family_of
@@ -63,6 +63,8 @@ def read_folder(
             paths[name] = inside(folder, name)
             if name.endswith(".safetensors"):
                 look.headers[name] = read_header(paths[name], name)
+            elif name == "modules.json":
+                read_list(paths[name], LIMIT)
             elif name.endswith(".json"):
                 read_object(paths[name], LIMIT)
         except InputError as error:

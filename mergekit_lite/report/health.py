@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergekit_lite.checkpoint.find import INDEX, AdapterFound
+from mergekit_lite.checkpoint.find import AdapterFound
 from mergekit_lite.checkpoint.header import read_header
 from mergekit_lite.checkpoint.inside import inside, read_object
-from mergekit_lite.checkpoint.meta import DTYPE_CODES, DTYPE_NAMES, Checkpoint, TensorMeta
+from mergekit_lite.checkpoint.meta import DTYPE_CODES, DTYPE_NAMES, Checkpoint, Part, ShardFile, TensorMeta
 from mergekit_lite.checkpoint.quantized import refused
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.errors import InputError, Problem
@@ -67,14 +67,18 @@ def health(
     yield _weights(checkpoint)
     yield from (warn("weights", note.message, note.hint) for note in checkpoint.notes)
     yield from _index(checkpoint, folder)
-    family = family_of(config, checkpoint.tensors)
-    if not config:
+    family = family_of(config, checkpoint.tensors, checkpoint.configs)
+    if not config and checkpoint.form is not None:
+        count_ = count(len(checkpoint.form.parts), "part")
+        yield ok("config", f"layout of {checkpoint.form.kind}, {count_}" if checkpoint.configs else "a file by itself")
+    elif not config:
         yield warn("config", "there is no config.json", "without it the family is guessed from the tensors' names")
     else:
         yield ok("config", f"family {family.name}, model type {config.get('model_type', 'not stated')}")
         yield _dtype(checkpoint)
         yield from _layers(checkpoint, family)
-    yield _tokenizer(folder, config)
+    if checkpoint.form is None or checkpoint.form.kind == "sentence-transformers":
+        yield _tokenizer(folder, config)
     try:
         yield from _tied(checkpoint, family)
         yield _numbers(checkpoint, threads, start)
@@ -154,18 +158,26 @@ def _weights(checkpoint: Checkpoint) -> Check:
 
 def _index(checkpoint: Checkpoint, folder: Path) -> Iterator[Check]:
     """The index against the shards. That it promises no tensor they lack is known from opening the checkpoint."""
-    files = {Path(shard.path).name for shard in checkpoint.shards}
-    if not os.path.lexists(folder / INDEX):
+    for part in checkpoint.form.parts if checkpoint.form is not None else (Part("", ""),):
+        shards = [shard for shard in checkpoint.shards if shard.within == part.folder]
+        yield from _index_of(checkpoint, folder, part, shards)
+
+
+def _index_of(checkpoint: Checkpoint, folder: Path, part: Part, shards: Sequence[ShardFile]) -> Iterator[Check]:
+    files = {os.path.basename(shard.name) for shard in shards}
+    name = f"{part.folder}/{part.stem}.safetensors.index.json".lstrip("/")
+    if not os.path.lexists(folder / name):
         if len(files) > 1:
-            hint = f"transformers needs {INDEX} to load several files; a merge of the checkpoint writes one"
+            hint = f"libraries need {name} to load several files; a merge of the checkpoint writes one"
             yield warn("index", f"{len(files)} weight files and no index", hint)
         return
-    index = read_object(inside(folder, INDEX), _LIMIT)
+    index = read_object(inside(folder, name), _LIMIT)
     if not files <= set(index["weight_map"].values()):
         return
     metadata = index.get("metadata")
     claimed = metadata.get("total_size") if isinstance(metadata, dict) else None
-    total = sum(meta.nbytes for meta in checkpoint.tensors.values())
+    paths = {shard.path for shard in shards}
+    total = sum(meta.nbytes for meta in checkpoint.tensors.values() if meta.file in paths)
     if claimed is not None and claimed != total:
         hint = "loading does not depend on it; a merge of the checkpoint writes it anew"
         yield warn("index", f"`total_size` is {claimed}, the tensors have {total} bytes", hint)

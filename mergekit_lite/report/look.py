@@ -111,7 +111,7 @@ def open_location(text: str, offline: bool = False, pickled: bool = False) -> Ch
 
 def look(checkpoint: Checkpoint) -> Look:
     """All that headers and configuration tell. No weight is read."""
-    family = family_of(checkpoint.config, checkpoint.tensors)
+    family = family_of(checkpoint.config, checkpoint.tensors, checkpoint.configs)
     metas = list(checkpoint.tensors.values())
     architectures = checkpoint.config.get("architectures")
     model_type = checkpoint.config.get("model_type")
@@ -177,7 +177,7 @@ def _shards(checkpoint: Checkpoint) -> Iterator[ShardLook]:
     for meta in checkpoint.tensors.values():
         tensors[meta.file] = tensors.get(meta.file, 0) + 1
     for shard in checkpoint.shards:
-        yield ShardLook(Path(shard.path).name, shard.nbytes, tensors.get(shard.path, 0))
+        yield ShardLook(shard.name, shard.nbytes, tensors.get(shard.path, 0))
 
 
 def _experts(checkpoint: Checkpoint, family: Family) -> int | None:

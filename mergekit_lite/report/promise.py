@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_lite.checkpoint.inside import inside, read_bytes
+from mergekit_lite.checkpoint.inside import inside, is_plain_name, read_bytes
 from mergekit_lite.errors import InputError, MergeError, RecipeError
 from mergekit_lite.plan.lock import NAME
 from mergekit_lite.recipe.model import Recipe
@@ -46,6 +46,11 @@ def read_promises(folder: Path) -> tuple[Recipe, list[Promise]]:
     return recipe, [_promise(output) for output in (recipe.lock or {}).get("outputs") or []]
 
 
+def is_below(name: str) -> bool:
+    """Whether a name that a lock gives is one of a file in the folder, or in a folder below it."""
+    return len(name) <= 1000 and all(map(is_plain_name, name.split("/")))
+
+
 def check_lock(folder: Path, threads: int) -> Iterator[Check]:
     """The checks of a folder that holds a recipe.lock.yaml; none for one that does not."""
     if not os.path.lexists(folder / NAME):
@@ -77,7 +82,14 @@ def _listed(files: Any) -> Promised:
 
 def _compare(folder: Path, shards: Promised, threads: int) -> list[Check]:
     made: list[Check] = []
-    present = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
+    homes = {"", *(name.rpartition("/")[0] for name in shards if is_below(name))}
+    present = {
+        f"{home}/{entry.name}".lstrip("/"): entry.stat().st_size
+        for home in homes
+        if (folder / home).is_dir()
+        for entry in os.scandir(inside(folder, home) if home else folder)
+        if entry.is_file()
+    }
     missing = sorted(set(shards) - set(present))
     if missing:
         made.append(fail("lock", f"files of the output are missing: {few(missing)}", AGAIN))

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergekit_lite.checkpoint.extras import is_read_with_a_model
-from mergekit_lite.checkpoint.find import INDEX
 from mergekit_lite.checkpoint.header import Header
-from mergekit_lite.checkpoint.inside import inside, is_plain_name, read_object
+from mergekit_lite.checkpoint.inside import inside, read_object
 from mergekit_lite.errors import InputError, MergeError
 from mergekit_lite.plan.lock import NAME, is_sealed
 from mergekit_lite.recipe.model import Recipe
@@ -18,13 +17,14 @@ from mergekit_lite.recipe.read import parse, read_file
 from mergekit_lite.recipe.write import to_yaml
 from mergekit_lite.report.check import count, few
 from mergekit_lite.report.folder import LIMIT, Fault, Look, read_folder, tied_pairs
-from mergekit_lite.report.promise import AGAIN, Promise, read_promises
+from mergekit_lite.report.promise import AGAIN, Promise, is_below, read_promises
 from mergekit_lite.report.reread import Advance
-from mergekit_lite.run.finish import CARD, RECIPE
+from mergekit_lite.run.finish import CARD, PERMUTATIONS, RECIPE
 from mergekit_lite.run.journal import NAME as JOURNAL
 from mergekit_lite.run.sink import partial
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
+_INDEX = ".safetensors.index.json"
 _HOW = "`merge verify` takes the folder of a finished run"
 
 
@@ -70,7 +70,7 @@ def verify(
         faults.append(Fault(NAME, "lacks its last line, its own digest, or has lines behind it", None, AGAIN))
     if not promises:
         return Verdict(folder, "", 0, 0, 0, 0, sealed, recipe, tuple(faults))
-    outside = [name for promise in promises for name in promise.names if not _is_below(name)]
+    outside = [name for promise in promises for name in promise.names if not is_below(name)]
     if outside:
         faults += [Fault(NAME, f"names a file outside the folder: `{name[:200]}`") for name in outside]
         return Verdict(folder, "", 0, 0, 0, 0, sealed, recipe, tuple(faults))
@@ -133,10 +133,6 @@ def _lock(folder: Path, location: str) -> bytes:
     raise InputError(f"`{location}` has no {NAME}, so nothing says what should be there", hint=hint)
 
 
-def _is_below(name: str) -> bool:
-    return len(name) <= 1000 and all(map(is_plain_name, name.split("/")))
-
-
 def _against(promise: Promise, look: Look) -> Iterator[Fault]:
     """What differs from a promise: files missing, too many, of another size or content."""
     for name, (nbytes, blake3) in {**promise.shards, **(promise.files or {})}.items():
@@ -149,10 +145,14 @@ def _against(promise: Promise, look: Look) -> Iterator[Fault]:
             yield Fault(name, f"has {count(seen.nbytes, 'byte')}, the lock says {nbytes:,}", None, AGAIN)
         elif seen.blake3 != blake3:
             yield Fault(name, "has another BLAKE3 digest than the lock says", None, AGAIN)
+    # Permutations are of this program, and nothing loads them.
+    homes = {name.rpartition("/")[0] for name in promise.names} - {PERMUTATIONS}
     for name in sorted(look.present - set(promise.names) - {NAME}):
-        if name.endswith(_WEIGHTS) and "/" not in name:
+        if name.rpartition("/")[0] not in homes:
+            continue
+        if name.endswith(_WEIGHTS):
             yield Fault(name, "are weights that the run did not write", None, "move them out of the folder")
-        elif promise.files is not None and (name == INDEX or is_read_with_a_model(name)):
+        elif promise.files is not None and is_read_with_a_model(name):
             yield Fault(name, "was not written by the run, and changes what is loaded", None, "move it away")
 
 
@@ -183,31 +183,41 @@ def _unpinned(recipe: Recipe) -> str:
 
 
 def _index(look: Look, promise: Promise, shards: Mapping[str, Header]) -> Iterator[Fault]:
-    """The index, where there are several shards, names every tensor with its file, and all of their bytes."""
+    """The index of each folder that has several shards names all of its tensors with their files, and all bytes."""
+    homes = dict.fromkeys(name.rpartition("/")[0] for name in promise.shards)
+    for home in homes:
+        yield from _index_of(look, promise, {n: h for n, h in shards.items() if n.rpartition("/")[0] == home}, home)
+
+
+def _index_of(look: Look, promise: Promise, shards: Mapping[str, Header], home: str) -> Iterator[Fault]:
     tensors = [(meta, file) for file, header in shards.items() for meta in header.tensors]
     homes = {meta.name: file for meta, file in tensors}
     for meta, file in tensors:
         if homes[meta.name] != file:
             yield Fault(file, f"the same tensor stands in {homes[meta.name]}", meta.name)
-    if INDEX not in look.present:
-        if len(promise.shards) > 1 and promise.files is None:
-            yield Fault(INDEX, "is missing", None, AGAIN)
+    promised = [name for name in promise.shards if name.rpartition("/")[0] == home]
+    ours = [name for name in look.present if name.rpartition("/")[0] == home and name.endswith(_INDEX)]
+    if not ours:
+        if len(promised) > 1 and promise.files is None:
+            yield Fault(f"{home}/model{_INDEX}".lstrip("/"), "is missing", None, AGAIN)
         return
-    if len(shards) < len(promise.shards) or INDEX in look.faults:
+    name = ours[0]
+    if len(shards) < len(promised) or name in look.faults:
         return  # told already
-    index = read_object(inside(look.folder, INDEX), LIMIT)
+    index = read_object(inside(look.folder, name), LIMIT)
     named, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(named, dict):
-        yield Fault(INDEX, "has no `weight_map`", None, AGAIN)
+        yield Fault(name, "has no `weight_map`", None, AGAIN)
         return
-    for name in [name for name in homes if named.get(name) != homes[name]]:
-        yield Fault(INDEX, f"does not say that the tensor is in {homes[name]}", name, AGAIN)
-    for name in [name for name in named if name not in homes]:
-        yield Fault(INDEX, "names a tensor that no shard holds", str(name), AGAIN)
+    files = {tensor: file.rpartition("/")[2] for tensor, file in homes.items()}
+    for tensor in [tensor for tensor in homes if named.get(tensor) != files[tensor]]:
+        yield Fault(name, f"does not say that the tensor is in {files[tensor]}", tensor, AGAIN)
+    for tensor in [tensor for tensor in named if tensor not in homes]:
+        yield Fault(name, "names a tensor that no shard holds", str(tensor), AGAIN)
     total = sum(meta.nbytes for meta, _ in tensors)
     said = metadata.get("total_size") if isinstance(metadata, dict) else None
     if said != total:
-        yield Fault(INDEX, f"`total_size` is {said}, the tensors have {total} bytes", None, AGAIN)
+        yield Fault(name, f"`total_size` is {said}, the tensors have {total} bytes", None, AGAIN)
 
 
 def _metadata(shards: Mapping[str, Header]) -> Iterator[Fault]:
@@ -236,6 +246,6 @@ def _notes(look: Look, promise: Promise) -> Iterator[str]:
     if JOURNAL in look.present:
         yield f"{JOURNAL} was left by a crash at the very end of the run; it may be removed"
     rest = look.present - set(promise.names) - {NAME, JOURNAL, RECIPE, CARD, ".gitattributes"}
-    rest = {name for name in rest if not name.endswith(_WEIGHTS) and name != INDEX and not is_read_with_a_model(name)}
+    rest = {n for n in rest if not n.endswith(_WEIGHTS) and not is_read_with_a_model(n)}
     if rest:
         yield f"not of the run, and not looked at: {few(sorted(rest))}"

@@ -13,12 +13,11 @@ from mergekit_lite.checkpoint.extras import copy_extras, find_extras, output_con
 from mergekit_lite.checkpoint.meta import BIT
 from mergekit_lite.errors import InputError, Problem, StoppedError
 from mergekit_lite.limits import hint_for
-from mergekit_lite.plan.layout import INDEX
 from mergekit_lite.plan.lock import NAME as LOCK
-from mergekit_lite.plan.model import Output, Plan, Unit
+from mergekit_lite.plan.model import Output, OutTensor, Plan, Unit
 from mergekit_lite.plan.order import walk
 from mergekit_lite.run.digest import file_digests
-from mergekit_lite.run.publish import fsync_folder, publish
+from mergekit_lite.run.publish import fsync_folder, fsync_folders, publish
 from mergekit_lite.run.ranks import Share
 from mergekit_lite.run.sink import partial
 
@@ -118,7 +117,7 @@ def complete(
             _write(partial(output.to) / LOCK, text)
             if card is not None:
                 _write(partial(output.to) / CARD, card(partial(output.to), text, number))
-            fsync_folder(partial(output.to))
+            fsync_folders(partial(output.to))
         except OSError as fault:
             message = f"cannot write into `{partial(output.to)}`: {fault.strerror}"
             raise StoppedError(message, hint=hint_for(fault)) from fault
@@ -144,11 +143,12 @@ def _extras(plan: Plan, output: Output, keep_auto_map: bool) -> list[str]:
         _write(folder / ADAPTER, json.dumps(output.adapter, indent=2) + "\n")
         _write(folder / RECIPE, plan.recipe.text)
         return [ADAPTER, RECIPE]
-    config = output_config(output.config, _main_dtype(output))
-    names = [*copy_extras(plan.checkpoints[output.donor], folder, config, keep_auto_map, output.tokenizer)]
-    if output.index is not None:
-        _write(folder / INDEX, json.dumps(output.index, indent=2) + "\n")
-        names.append(INDEX)
+    config = output_config(output.config, _main_dtype(output.tensors))
+    donor, dtypes = plan.checkpoints[output.donor], _dtypes_of_parts(output)
+    names = [*copy_extras(donor, folder, config, keep_auto_map, output.tokenizer, dtypes)]
+    for name, index in output.indices.items():
+        _write(folder / name, json.dumps(index, indent=2) + "\n")
+        names.append(name)
     _write(folder / RECIPE, plan.recipe.text)
     return [*names, RECIPE]
 
@@ -176,10 +176,18 @@ def _permutations(plan: Plan, output: Output, solved: Mapping[str, Solved]) -> l
     return names
 
 
-def _main_dtype(output: Output) -> str:
-    """The dtype that most bytes of the output have; those in FP8 with scales do not count, if there are others."""
+def _dtypes_of_parts(output: Output) -> dict[str, str]:
+    """The dtype that most bytes of the tensors in each folder have."""
+    found: dict[str, list[OutTensor]] = {}
+    for shard in output.shards:
+        found.setdefault(shard.file.rpartition("/")[0], []).extend(shard.tensors)
+    return {home: _main_dtype(tensors) for home, tensors in found.items()}
+
+
+def _main_dtype(tensors: Sequence[OutTensor]) -> str:
+    """The dtype that most of their bytes have; those in FP8 with scales do not count, if there are others."""
     sizes: dict[str, int] = {}
-    for tensor in [t for t in output.tensors if t.scales is None] or output.tensors:
+    for tensor in [t for t in tensors if t.scales is None] or tensors:
         if tensor.dtype == BIT:
             continue
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes

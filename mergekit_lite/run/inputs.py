@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mergekit_lite.checkpoint.hub import fetch_beside
@@ -42,7 +41,10 @@ def with_beside(checkpoint: Checkpoint) -> Checkpoint:
     Raises InputError."""
     if not checkpoint.thin or checkpoint.revision is None:
         return checkpoint
-    return replace(checkpoint, folder=fetch_beside(checkpoint.location, checkpoint.revision), thin=False)
+    names = checkpoint.form.beside if checkpoint.form is not None else None
+    if names == ():
+        return replace(checkpoint, thin=False)
+    return replace(checkpoint, folder=fetch_beside(checkpoint.location, checkpoint.revision, names), thin=False)
 
 
 def stated_digests(plan: Plan) -> dict[str, str]:
@@ -56,7 +58,7 @@ def locked_digests(lock: Mapping[str, Any] | None, checkpoints: Mapping[str, Che
     `git:...`. Raises InputError where one cannot be read."""
     found: dict[str, str] = {}
     for name, files in ((lock or {}).get("inputs") or {}).items():
-        here = {Path(s.path).name: s for s in checkpoints[name].shards} if name in checkpoints else {}
+        here = {s.name: s for s in checkpoints[name].shards} if name in checkpoints else {}
         for file in files:
             shard = here.get(file["file"])
             kind = next((kind for kind in ("sha256", "git") if kind in file and "blake3" not in file), None)

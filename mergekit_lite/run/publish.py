@@ -78,6 +78,17 @@ def fsync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def fsync_folders(folder: Path) -> None:
+    """Return when the names in `folder`, and in the folders below it, are on the disk."""
+    for home in [*_below(folder), folder]:
+        fsync_folder(home)
+
+
+def _below(folder: Path) -> list[Path]:
+    """The folders below `folder`, the innermost first."""
+    return sorted((path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True)
+
+
 def _move(folder: Path, to: Path, plan: str) -> None:
     """As a rename, in several steps. Where one fails what was moved is moved back, as far as that is possible."""
     to.mkdir(exist_ok=True)
@@ -88,9 +99,9 @@ def _move(folder: Path, to: Path, plan: str) -> None:
             os.fsync(file.fileno())
         fsync_folder(to)
         for name in _files(folder):
-            (to / name).parent.mkdir(exist_ok=True)
-            if name.name == LOCK:
-                fsync_folder(to)  # nothing that the lock speaks of may come after it
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            if name == Path(LOCK):
+                fsync_folders(to)  # nothing that the lock speaks of may come after it
             os.rename(folder / name, to / name)
         fsync_folder(to)
         (to / MOVING).unlink()
@@ -100,16 +111,16 @@ def _move(folder: Path, to: Path, plan: str) -> None:
         raise
     with contextlib.suppress(OSError):  # the output is whole
         (folder / JOURNAL).unlink(missing_ok=True)
-        for inner in (*(path for path in folder.iterdir() if path.is_dir()), folder):
+        for inner in (*_below(folder), folder):
             inner.rmdir()
 
 
 def _move_back(folder: Path, to: Path) -> None:
     names = [name for name in _files(to) if name.name != MOVING]
     for name in reversed(names):  # the lock first
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.rename(to / name, folder / name)
-    for inner in [path for path in to.iterdir() if path.is_dir()]:
+    for inner in _below(to):
         inner.rmdir()
     (to / MOVING).unlink(missing_ok=True)
     to.rmdir()
@@ -118,7 +129,7 @@ def _move_back(folder: Path, to: Path) -> None:
 def _files(folder: Path) -> Iterator[Path]:
     """The files below a folder, relative to it, without the journal, the lock last."""
     found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name != JOURNAL]
-    yield from sorted(found, key=lambda name: (name.name == LOCK, name))
+    yield from sorted(found, key=lambda name: (name == Path(LOCK), name))
 
 
 def _text(path: Path) -> str:

@@ -11,6 +11,7 @@ from mergekit_lite.checkpoint.meta import BIT
 from mergekit_lite.checkpoint.writer import ShardFileWriter
 from mergekit_lite.errors import StoppedError
 from mergekit_lite.lazy import Tensor, torch
+from mergekit_lite.limits import hint_for
 from mergekit_lite.plan.model import Output, OutTensor
 from mergekit_lite.run.journal import Journal
 
@@ -50,6 +51,7 @@ class Files:
             folder = partial(output.to)
             self._writers.append([])
             for shard in output.shards:  # each is known, and closed, whatever becomes of the next
+                _make_home(folder, shard.file)
                 self._writers[-1].append(ShardFileWriter.create(folder / shard.file, shard.header, shard.nbytes))
 
     def reopen(self) -> None:
@@ -77,6 +79,16 @@ class Files:
             for shards in self._writers:
                 for shard in shards:
                     stack.callback(shard.close)
+
+
+def _make_home(folder: Path, name: str) -> None:
+    """Make the folder, below an output's, of a file of this name."""
+    if "/" in name:
+        try:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as fault:
+            message = f"cannot make `{(folder / name).parent}`: {fault.strerror}"
+            raise StoppedError(message, hint=hint_for(fault)) from fault
 
 
 def make_safe(sink: Sink, journal: Journal) -> None:

@@ -19,7 +19,7 @@ from mergekit_lite.limits import hint_for, refusal
 from mergekit_lite.plan.model import Plan
 from mergekit_lite.run.copy import ByteSource
 from mergekit_lite.run.journal import NAME, Done, Journal, read_beside
-from mergekit_lite.run.publish import fsync_folder, take_back
+from mergekit_lite.run.publish import fsync_folders, take_back
 from mergekit_lite.run.ranks import Ranks
 from mergekit_lite.run.sink import Files, make_safe, partial
 
@@ -127,7 +127,7 @@ def open_run(plan: Plan, resume: bool, run: str = "") -> Iterator[tuple[Files, J
                 files.create()
                 files.sync()
                 for output in plan.outputs:
-                    fsync_folder(partial(output.to))
+                    fsync_folders(partial(output.to))
                 journal.begin(head)
             except Exception as fault:  # On Ctrl-C they stay: `--resume` makes them again.
                 if not resume:
@@ -272,8 +272,11 @@ def _remove(plan: Plan, made: Sequence[Sequence[Path]]) -> None:
                 (partial(output.to) / shard.file).unlink(missing_ok=True)
         (partial(plan.outputs[0].to) / NAME).unlink(missing_ok=True)
         for output in plan.outputs:
-            with contextlib.suppress(OSError):
-                partial(output.to).rmdir()
+            folder = partial(output.to)
+            homes = {home for shard in output.shards for home in (folder / shard.file).parents}
+            for home in sorted((home for home in homes if home.is_relative_to(folder)), reverse=True):
+                with contextlib.suppress(OSError):
+                    home.rmdir()
     _remove_folders(made)
 
 

@@ -14,7 +14,7 @@ import pytest
 from adapter_files import factors, write_adapter
 from raw_safetensors import entry, put, put_floats, raw
 
-from mergekit_lite.checkpoint import adapter, find, header
+from mergekit_lite.checkpoint import adapter, header, listing
 from mergekit_lite.checkpoint.adapter import open_adapter
 from mergekit_lite.checkpoint.find import INDEX, open_checkpoint
 from mergekit_lite.checkpoint.inside import read_object
@@ -149,11 +149,11 @@ def test_an_index_of_a_million_tensors_and_one_of_many_files(tmp_path: Path) -> 
 def test_a_set_of_shards_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of a hundred thousand files made a list of all: a folder of empty files kept the program busy for days."""
     names = [f"m-{i:06d}-of-020000.safetensors" for i in range(1, 20_001)]
-    find._check_numbers(names, "model")
+    listing._check_numbers(names, "model")
     with pytest.raises(InputError, match="lacks 1 of its 20000 shards: m-000003-of"):
-        find._check_numbers([name for name in names if "000003-" not in name], "model")
+        listing._check_numbers([name for name in names if "000003-" not in name], "model")
     with pytest.raises(InputError, match="claims to be one of 999999 shards"):
-        find._check_numbers(["m-000001-of-999999.safetensors"], "model")
+        listing._check_numbers(["m-000001-of-999999.safetensors"], "model")
 
 
 @pytest.mark.parametrize("base", ["../secret", "/etc", "org/private", "https://example.com/x", "\x1b[31m", ["a"], {}])
