@@ -166,6 +166,8 @@ class Method:
     bit for bit, or None. For both, `inputs` counts `xs`, the base included.
     A method that `gathers` takes whole rows of one of its inputs in an order that its statistic gives; the engine reads
     them in that order and `fn` is only the plain form.
+    A method that also `combines` makes rows of several rows of its first input, as it finds them in the second; rows of
+    that one the engine holds for all threads.
     `beside(params)` is for a method with row reach whose inputs after the first have shapes of their own: how each of
     them is read for a block of rows. They come to `fn` as matrices, in the compute dtype.
     `plain` says of an element method that `fn` uses nothing of the blocks but `x * number`, `x - y`, `add_`, `clone`,
@@ -197,6 +199,7 @@ class Method:
     shape: Callable[[Sequence[tuple[int, ...]]], tuple[int, ...]] | None = None
     row_axis: Literal["first", "last"] = "last"
     gathers: bool = False
+    combines: bool = False
     without: Callable[..., Any] | None = None
     fits: Callable[[Sequence[tuple[int, ...]]], str | None] | None = None
     beside: Callable[[Params], tuple[Beside, ...]] | None = None

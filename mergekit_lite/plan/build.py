@@ -24,7 +24,9 @@ from mergekit_lite.plan.peak import peak_bytes, peak_of
 from mergekit_lite.plan.settings import check_steps, constant, references_of, statistics
 from mergekit_lite.plan.stack import build_stack
 from mergekit_lite.plan.steps import Source, build_step, idle_globs
+from mergekit_lite.plan.transplant import build_transplant, conflict
 from mergekit_lite.plan.vocabulary import models_named, remap
+from mergekit_lite.plan.words import count
 from mergekit_lite.recipe.links import unused_steps
 from mergekit_lite.recipe.model import Recipe, Ref, Step
 from mergekit_lite.recipe.value import Curve, Value
@@ -107,13 +109,18 @@ def _build(
     if problems and any(save.tokenizer is not None for save in recipe.saves):
         raise RecipeError(problems)
     # Its faults come alone: where tables keep their old rows, every step would find that shapes differ.
+    steps = in_order(recipe, methods)
+    clash = conflict(recipe, steps)
+    if clash is not None:
+        raise RecipeError(clash)
     vocabulary, notes = remap(builder, recipe, checkpoints, tables, merged_models(recipe))
     warnings += notes
-    for step in in_order(recipe, methods):
-        found = _step(builder, step, methods, tables, problems)
+    for step in steps:
+        found, rows = _step(builder, step, methods, tables, checkpoints, problems)
         if found is not None:
             tables[step.name] = found
-            views.append(_view(step, found))
+            views.append(_view(step, found, rows))
+            warnings += _empty(step, rows)
             warnings += [*_remarks(step, methods[step.use]), *idle_globs(step, found)]
     adapters = Adapters(builder, recipe, tables, checkpoints, ranks, measure, problems, warnings)
     outputs = make_outputs(recipe, tables, checkpoints, out, check_output, vocabulary, problems, adapters)
@@ -231,18 +238,29 @@ def merged_models(recipe: Recipe) -> list[str]:
 
 
 def _step(
-    builder: Builder, step: Step, methods: Mapping[str, Method], tables: Mapping[str, Table], problems: list[Problem]
-) -> Table | None:
-    """The step's table; None where an input of it has failed, whose faults are known already."""
+    builder: Builder,
+    step: Step,
+    methods: Mapping[str, Method],
+    tables: Mapping[str, Table],
+    checkpoints: Mapping[str, Checkpoint],
+    problems: list[Problem],
+) -> tuple[Table | None, Mapping[str, int]]:
+    """The step's table, None where an input of it has failed, whose faults are known already; and for a transplant
+    where the rows of its embedding come from."""
+    rows: Mapping[str, int] = {}
     if any(ref.name not in tables for ref in references_of(step, methods, tables)):
-        return None
+        return None, rows
     method = methods[step.use]
 
     def source(ref: Ref) -> Source:
         return Source(ref.name, ref.mark, tables[ref.name])
 
     sources = [source(item.ref) for item in step.of]
-    if method.reach == "structure":
+    if method.name == "transplant":
+        (vocabulary,) = (source(ref) for ref in statistics(step, method))
+        made, found = build_transplant(builder, step, sources[0], vocabulary, checkpoints)
+        table, rows = made.table, made.rows
+    elif method.reach == "structure":
         others = [source(ref) if ref else None for ref in (step.rest, step.below, step.above)]
         table, found = build_stack(step, sources, *others)
     elif method.reach == "alignment":
@@ -256,7 +274,7 @@ def _step(
         further = [source(ref) for ref in statistics(step, method)]
         table, found = build_step(builder, step, method, sources, base, further, methods["delta"], methods["add"])
     problems += found
-    return None if found else table
+    return None if found else table, rows
 
 
 def _remarks(step: Step, method: Method) -> list[Problem]:
@@ -266,12 +284,20 @@ def _remarks(step: Step, method: Method) -> list[Problem]:
     return [Problem(text, step.use_mark)] if text else []
 
 
-def _view(step: Step, table: Table) -> StepView:
+def _empty(step: Step, rows: Mapping[str, int]) -> list[Problem]:
+    """A warning of tokens that no model has a row for."""
+    if not rows.get("zero"):
+        return []
+    message = f"{count(rows['zero'], 'token')} beyond the rows of the vocabulary's model, and not shared, get zeros"
+    return [Problem(message, step.use_mark, "its tokenizer has more tokens than its embedding has rows")]
+
+
+def _view(step: Step, table: Table, rows: Mapping[str, int]) -> StepView:
     shown = {name: _shown(value) for name, value in step.params.items()}
     inputs = tuple(item.ref.name for item in step.of)
     extra = tuple(ref.name for ref in (step.base, step.rest, step.below, step.above) if ref)
     base = step.base.name if step.base else None
-    return StepView(step.name, step.use, inputs, base, table.space, len(table.nodes), shown, (*inputs, *extra))
+    return StepView(step.name, step.use, inputs, base, table.space, len(table.nodes), shown, (*inputs, *extra), rows)
 
 
 def _shown(value: Value) -> str:

@@ -20,7 +20,9 @@ LONGEST = 400  # characters of an expression
 def summary(plan: Plan, threads: int) -> list[str]:
     """The plan in lines: one for each step, one for what it costs, then every output with its files."""
     calls = [(step.name, call(step), step.space, count(step.tensors, "tensor")) for step in plan.steps]
-    lines = _aligned(calls)
+    lines = []
+    for step, line in zip(plan.steps, _aligned(calls), strict=True):
+        lines += [line, *([f"  {transplanted(step)}"] if step.rows else [])]
     shards = count(sum(len(output.shards) for output in plan.outputs), "shard")
     costs = [
         f"read {size(plan.bytes_read)}{_passes(plan)}",
@@ -54,6 +56,15 @@ def _passes(plan: Plan) -> str:
     """` (4.0×)` where the inputs are read more than once."""
     passes = plan.bytes_read / plan.bytes_input if plan.bytes_input else 1.0
     return f" ({passes:.1f}×)" if passes > 1.05 else ""
+
+
+def transplanted(step: StepView) -> str:
+    """`12,000 rows of tokens shared with donor, 500 sums of at most 64 of them, 3 zero`."""
+    rows = step.rows
+    parts = [f"{count(rows['shared'], 'row')} of tokens shared with {step.params.get('vocabulary')}"]
+    if rows["approximated"]:
+        parts.append(f"{count(rows['approximated'], 'sum')} of at most {rows['k']} of them")
+    return ", ".join([*parts, *([f"{rows['zero']:,} zero"] if rows["zero"] else [])])
 
 
 def call(step: StepView) -> str:
@@ -194,6 +205,7 @@ def as_json(plan: Plan, threads: int) -> dict[str, Any]:
                 "with": dict(step.params),
                 "space": step.space,
                 "tensors": step.tensors,
+                **({"rows": dict(step.rows)} if step.rows else {}),
             }
             for step in plan.steps
         ],

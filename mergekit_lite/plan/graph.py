@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mergekit_lite.checkpoint.meta import TensorMeta
@@ -12,8 +13,19 @@ from mergekit_lite.methods.permute import permuted
 from mergekit_lite.methods.random import Keys
 from mergekit_lite.methods.remap import remapped
 from mergekit_lite.methods.spec import Call, Method, Reach, Slot
+from mergekit_lite.methods.transplant import transplanted
 from mergekit_lite.plan.model import Alignment, Node
+from mergekit_lite.vocabulary.graft import Graft
 from mergekit_lite.vocabulary.rows import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """The vocabulary that a step has brought a table to: `lead` is the model whose tokenizer it is, `files` those that
+    the output has of it, by name."""
+
+    lead: str
+    files: Mapping[str, Path | bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +34,8 @@ class Table:
 
     `space` is `weight` or `delta`; `dtypes` are the stored dtypes (safetensors codes) that a save without `dtype`
     keeps. `donor` is the model that gives configuration and tokenizer, `config` its config.json with a change of depth
-    applied. `quantized` tells that the numbers are codes that need scales, fit for copying only.
+    applied. `quantized` tells that the numbers are codes that need scales, fit for copying only; `adopted` the
+    vocabulary where it is not that of the donor.
     """
 
     space: str
@@ -32,6 +45,7 @@ class Table:
     config: Mapping[str, Any]
     family: Family
     quantized: bool = False
+    adopted: Adopted | None = None
 
 
 class PoolConflict(Exception):
@@ -118,6 +132,22 @@ class Builder:
                 method=remapped,
                 inputs=tuple(inputs),
                 params=(("rows", rows), ("own", own)),
+                reach="row",
+            )
+        return known
+
+    def transplant(self, mine: Node, theirs: Node, graft: Graft, terms: int, step: str) -> Node:
+        """The node whose rows are those of `mine` that `graft` tells, and sums of them, found in `theirs`."""
+        identity = ("transplant", graft, terms, mine.id, theirs.id)
+        known = self._known.get(identity)
+        if known is None:
+            known = self._known[identity] = Node(
+                id=len(self._known),
+                shape=(len(graft), *mine.shape[1:]),
+                step=step,
+                method=transplanted,
+                inputs=(mine, theirs),
+                params=(("graft", graft), ("k", terms)),
                 reach="row",
             )
         return known

@@ -14,6 +14,7 @@ from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
 from mergekit_lite.checkpoint.meta import TensorMeta
 from mergekit_lite.errors import StoppedError, UsageError
 from mergekit_lite.run.copy import ByteSource
+from mergekit_lite.run.transplant import Shared
 
 RING = 3  # staging buffers of a thread: one is filled while others are on their way
 
@@ -64,6 +65,7 @@ class DeviceLoader:
     source: ByteSource
     compute: torch.dtype
     device: torch.device
+    shared: Shared = field(default_factory=Shared)
     _ring: list[tuple[Tensor, torch.cuda.Event]] = field(default_factory=list)
     _turn: int = 0
 
