@@ -101,14 +101,16 @@ def reordered(made: Tokenizer) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(data))
 
 
-def write(folder: Path, made: Tokenizer, seed: int, *, rows: int | None = None, tied: bool = False) -> Path:
+def write(
+    folder: Path, made: Tokenizer, seed: int, *, rows: int | None = None, tied: bool = False, hidden: int = HIDDEN
+) -> Path:
     """A model with this tokenizer, of `rows` rows or as many as there are tokens: Llama's architecture, or BERT's."""
     torch.manual_seed(seed)
     size = rows or made.get_vocab_size()
     bert = json.loads(made.to_str())["model"]["type"] == "WordPiece"
     common: dict[str, Any] = {
         "vocab_size": size,
-        "hidden_size": HIDDEN,
+        "hidden_size": hidden,
         "intermediate_size": 24,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,

@@ -24,9 +24,8 @@ from mergekit_lite.plan.peak import peak_bytes, peak_of
 from mergekit_lite.plan.settings import check_steps, constant, references_of, statistics
 from mergekit_lite.plan.stack import build_stack
 from mergekit_lite.plan.steps import Source, build_step, idle_globs
-from mergekit_lite.plan.transplant import build_transplant, conflict
+from mergekit_lite.plan.transplant import build_transplant, conflict, without_row
 from mergekit_lite.plan.vocabulary import models_named, remap
-from mergekit_lite.plan.words import count
 from mergekit_lite.recipe.links import unused_steps
 from mergekit_lite.recipe.model import Recipe, Ref, Step
 from mergekit_lite.recipe.value import Curve, Value
@@ -116,12 +115,11 @@ def _build(
     vocabulary, notes = remap(builder, recipe, checkpoints, tables, merged_models(recipe))
     warnings += notes
     for step in steps:
-        found, rows = _step(builder, step, methods, tables, checkpoints, problems)
+        found = _step(builder, step, methods, tables, checkpoints, problems)
         if found is not None:
             tables[step.name] = found
-            views.append(_view(step, found, rows))
-            warnings += _empty(step, rows)
-            warnings += [*_remarks(step, methods[step.use]), *idle_globs(step, found)]
+            views.append(_view(step, found))
+            warnings += [*_remarks(step, methods[step.use]), *idle_globs(step, found), *without_row(step, found)]
     adapters = Adapters(builder, recipe, tables, checkpoints, ranks, measure, problems, warnings)
     outputs = make_outputs(recipe, tables, checkpoints, out, check_output, vocabulary, problems, adapters)
     if problems:
@@ -244,12 +242,10 @@ def _step(
     tables: Mapping[str, Table],
     checkpoints: Mapping[str, Checkpoint],
     problems: list[Problem],
-) -> tuple[Table | None, Mapping[str, int]]:
-    """The step's table, None where an input of it has failed, whose faults are known already; and for a transplant
-    where the rows of its embedding come from."""
-    rows: Mapping[str, int] = {}
+) -> Table | None:
+    """The step's table; None where an input of it has failed, whose faults are known already."""
     if any(ref.name not in tables for ref in references_of(step, methods, tables)):
-        return None, rows
+        return None
     method = methods[step.use]
 
     def source(ref: Ref) -> Source:
@@ -258,8 +254,7 @@ def _step(
     sources = [source(item.ref) for item in step.of]
     if method.name == "transplant":
         (vocabulary,) = (source(ref) for ref in statistics(step, method))
-        made, found = build_transplant(builder, step, sources[0], vocabulary, checkpoints)
-        table, rows = made.table, made.rows
+        table, found = build_transplant(builder, step, sources[0], vocabulary, checkpoints)
     elif method.reach == "structure":
         others = [source(ref) if ref else None for ref in (step.rest, step.below, step.above)]
         table, found = build_stack(step, sources, *others)
@@ -274,7 +269,7 @@ def _step(
         further = [source(ref) for ref in statistics(step, method)]
         table, found = build_step(builder, step, method, sources, base, further, methods["delta"], methods["add"])
     problems += found
-    return None if found else table, rows
+    return None if found else table
 
 
 def _remarks(step: Step, method: Method) -> list[Problem]:
@@ -284,19 +279,12 @@ def _remarks(step: Step, method: Method) -> list[Problem]:
     return [Problem(text, step.use_mark)] if text else []
 
 
-def _empty(step: Step, rows: Mapping[str, int]) -> list[Problem]:
-    """A warning of tokens that no model has a row for."""
-    if not rows.get("zero"):
-        return []
-    message = f"{count(rows['zero'], 'token')} beyond the rows of the vocabulary's model, and not shared, get zeros"
-    return [Problem(message, step.use_mark, "its tokenizer has more tokens than its embedding has rows")]
-
-
-def _view(step: Step, table: Table, rows: Mapping[str, int]) -> StepView:
+def _view(step: Step, table: Table) -> StepView:
     shown = {name: _shown(value) for name, value in step.params.items()}
     inputs = tuple(item.ref.name for item in step.of)
     extra = tuple(ref.name for ref in (step.base, step.rest, step.below, step.above) if ref)
     base = step.base.name if step.base else None
+    rows = table.adopted.rows if table.adopted is not None and step.use == "transplant" else {}
     return StepView(step.name, step.use, inputs, base, table.space, len(table.nodes), shown, (*inputs, *extra), rows)
 
 

@@ -10,6 +10,7 @@ from mergekit_lite.checkpoint.meta import Checkpoint
 from mergekit_lite.plan.estimate import seconds
 from mergekit_lite.plan.model import Node, Output, OutTensor, Plan, StepView
 from mergekit_lite.plan.streaming import bytes_fetched
+from mergekit_lite.plan.transplant import transplanted
 from mergekit_lite.plan.vocabulary import vocabulary
 from mergekit_lite.plan.words import about, count, shape, size
 from mergekit_lite.recipe.write import located
@@ -56,15 +57,6 @@ def _passes(plan: Plan) -> str:
     """` (4.0×)` where the inputs are read more than once."""
     passes = plan.bytes_read / plan.bytes_input if plan.bytes_input else 1.0
     return f" ({passes:.1f}×)" if passes > 1.05 else ""
-
-
-def transplanted(step: StepView) -> str:
-    """`12,000 rows of tokens shared with donor, 500 sums of at most 64 of them, 3 zero`."""
-    rows = step.rows
-    parts = [f"{count(rows['shared'], 'row')} of tokens shared with {step.params.get('vocabulary')}"]
-    if rows["approximated"]:
-        parts.append(f"{count(rows['approximated'], 'sum')} of at most {rows['k']} of them")
-    return ", ".join([*parts, *([f"{rows['zero']:,} zero"] if rows["zero"] else [])])
 
 
 def call(step: StepView) -> str:

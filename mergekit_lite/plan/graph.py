@@ -22,10 +22,11 @@ from mergekit_lite.vocabulary.rows import Rows
 @dataclass(frozen=True, slots=True)
 class Adopted:
     """The vocabulary that a step has brought a table to: `lead` is the model whose tokenizer it is, `files` those that
-    the output has of it, by name."""
+    the output has of it, by name, `rows` where those of the embedding come from."""
 
     lead: str
     files: Mapping[str, Path | bytes]
+    rows: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,18 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mergekit_lite.checkpoint.meta import MERGEABLE, Checkpoint
 from mergekit_lite.errors import Problem
 from mergekit_lite.family.section import assign
 from mergekit_lite.methods.transplant import transplant
 from mergekit_lite.plan.graph import Adopted, Builder, Table
+from mergekit_lite.plan.model import StepView
 from mergekit_lite.plan.settings import resolve
 from mergekit_lite.plan.steps import Source
 from mergekit_lite.plan.vocabulary import tensors_of
+from mergekit_lite.plan.words import count
 from mergekit_lite.recipe.model import Recipe, Step
 from mergekit_lite.vocabulary.graft import graft
 from mergekit_lite.vocabulary.output import GENERATION, files_of, generation_config, renumbered, vocabulary_keys
@@ -23,14 +25,6 @@ from mergekit_lite.vocabulary.shared import shared_tokens
 from mergekit_lite.vocabulary.tokens import Reader, Tokens
 
 _EMBEDDING = re.compile(r"(?:^|[._])(?:wte|shared|\w*(?<!un)embed(?!_out)\w*)(?:[._]|$)")
-
-
-@dataclass(frozen=True, slots=True)
-class Transplanted:
-    """What a transplant makes: the table, and where the rows of its embedding come from, for people."""
-
-    table: Table
-    rows: Mapping[str, int]
 
 
 def conflict(recipe: Recipe, steps: Sequence[Step]) -> Problem | None:
@@ -46,10 +40,10 @@ def conflict(recipe: Recipe, steps: Sequence[Step]) -> Problem | None:
 
 def build_transplant(
     builder: Builder, step: Step, source: Source, vocabulary: Source, checkpoints: Mapping[str, Checkpoint]
-) -> tuple[Transplanted, list[Problem]]:
+) -> tuple[Table, list[Problem]]:
     """`source` with the vocabulary of the model `vocabulary`, and what is wrong with it. Raises InputError for a
     tokenizer that cannot be read."""
-    nothing = Transplanted(replace(source.table, nodes={}), {})
+    nothing = replace(source.table, nodes={})
     problems = _unfit(step, source, vocabulary, checkpoints)
     if problems:
         return nothing, problems
@@ -87,7 +81,7 @@ def _made(
     mine: Tokens,
     theirs: Tokens,
     pairs: Mapping[tuple[str, str], None],
-) -> tuple[Transplanted, list[Problem]]:
+) -> tuple[Table, list[Problem]]:
     table = source.table
     value = step.params.get("k")
     terms: int = resolve(step, transplant, "", None)["k"]
@@ -124,8 +118,26 @@ def _made(
     text = None if lead is donor else generation_config(donor, lead, old, theirs.ids)
     if text is not None:
         files[GENERATION] = text
-    adopted = Adopted(vocabulary.name, files)
-    return Transplanted(replace(table, nodes=nodes, config=config, adopted=adopted), counts), problems
+    adopted = Adopted(vocabulary.name, files, counts)
+    return replace(table, nodes=nodes, config=config, adopted=adopted), problems
+
+
+def transplanted(step: StepView) -> str:
+    """`12,000 rows of tokens shared with donor, 500 sums of at most 64 of them, 3 zero`."""
+    rows = step.rows
+    parts = [f"{count(rows['shared'], 'row')} of tokens shared with {step.params.get('vocabulary')}"]
+    if rows["approximated"]:
+        parts.append(f"{count(rows['approximated'], 'sum')} of at most {rows['k']} of them")
+    return ", ".join([*parts, *([f"{rows['zero']:,} zero"] if rows["zero"] else [])])
+
+
+def without_row(step: Step, table: Table) -> list[Problem]:
+    """A warning of tokens that no model has a row for."""
+    zero = table.adopted.rows["zero"] if table.adopted is not None and step.use == "transplant" else 0
+    if not zero:
+        return []
+    message = f"{count(zero, 'token')} beyond the rows of the vocabulary's model, and not shared, get zeros"
+    return [Problem(message, step.use_mark, "its tokenizer has more tokens than its embedding has rows")]
 
 
 def _unfit(step: Step, source: Source, vocabulary: Source, checkpoints: Mapping[str, Checkpoint]) -> list[Problem]:
