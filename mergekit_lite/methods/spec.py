@@ -12,8 +12,9 @@ Space = Literal["weight", "delta", "same"]
 # element: each output element needs the same element of the inputs; measured: that, after a statistic of the whole
 # tensor; pooled: that, after a statistic of all tensors of the step; row: whole rows; matrix: the whole tensor;
 # structure: works on names, not on numbers (`stack`), and is carried out by the plan; alignment: whole models decide on
-# an order of units (`permute`), which the run finds first.
-Reach = Literal["element", "measured", "pooled", "row", "matrix", "structure", "alignment"]
+# an order of units (`permute`), which the run finds first; vocabulary: tensors with a row for every token get other
+# rows (`transplant`), which the plan lays out.
+Reach = Literal["element", "measured", "pooled", "row", "matrix", "structure", "alignment", "vocabulary"]
 # How a further input with a shape of its own is read beside rows of the first: the same rows, the columns of these
 # numbers, or all of it.
 Beside = Literal["rows", "columns", "whole"]

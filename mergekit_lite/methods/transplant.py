@@ -15,7 +15,7 @@ from mergekit_lite.methods.spec import REQUIRED, Param
     Param("k", "integer", 64, "most shared tokens that a token which is not shared is made of", low=1),
     takes="weight",
     gives="weight",
-    reach="structure",
+    reach="vocabulary",
     inputs=(1, 1),
     paper="Training-Free Tokenizer Transplantation, 2025, arXiv 2506.06607",
 )

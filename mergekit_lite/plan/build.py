@@ -252,7 +252,7 @@ def _step(
         return Source(ref.name, ref.mark, tables[ref.name])
 
     sources = [source(item.ref) for item in step.of]
-    if method.name == "transplant":
+    if method.reach == "vocabulary":
         (vocabulary,) = (source(ref) for ref in statistics(step, method))
         table, found = build_transplant(builder, step, sources[0], vocabulary, checkpoints)
     elif method.reach == "structure":

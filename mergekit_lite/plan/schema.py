@@ -129,7 +129,7 @@ def _use(method: Method) -> Schema:
         properties["base"] = False
     elif method.base == "required" and not method.surrounds:
         required.append("base")
-    if method.name != "stack":
+    if method.reach != "structure":
         properties |= {"rest": False, "below": False, "above": False}
     if method.param("like") is None:
         properties["like"] = False
