@@ -58,7 +58,7 @@ def evaluate(
     below = [evaluate(c, models, key=derive_key(key, i), **options) for i, c in enumerate(call.inputs)]
     tensors = [list(xs) for xs in zip(*below, strict=True)]
     reach = method.reach_of(params)
-    if reach in ("structure", "vocabulary"):
+    if reach == "structure":
         raise TypeError(f"`{method.name}` works on names, not on numbers")
     stats: list[Any] = [None] * len(tensors)
     if reach == "pooled":

@@ -126,7 +126,7 @@ def summing_bytes(node: Node, size: int) -> int:
     width, own = math.prod(theirs.shape[1:]), math.prod(mine.shape[1:])
     batch = batch_size(terms, width, atoms)
     rows = min(atoms, batch * terms) + batch + terms
-    return pursuit_bytes(terms, width, atoms, size) + 2 * size * own * rows + 8 * own * terms
+    return math.ceil(KEPT * pursuit_bytes(terms, width, atoms, size)) + 2 * size * own * rows + 8 * own * terms
 
 
 def is_whole(nodes: Iterable[Node]) -> bool:

@@ -120,8 +120,8 @@ class Transplant:
         return self._finite(self._theirs.rows(self._graft.atoms))
 
     def _finite(self, rows: Tensor) -> Tensor:
-        # A sum looks once at every number; where it is not finite one looks closer.
-        if not math.isfinite(float(rows.sum(dtype=torch.float64))) or not bool(torch.isfinite(rows).all()):
+        # A sum looks at every number and takes no memory. In float64 that of finite ones is finite, unless they are too.
+        if not math.isfinite(float(rows.sum(dtype=torch.float64))) and not bool(torch.isfinite(rows).all()):
             hint = "sums of its rows cannot be found: repair the checkpoint, or take another one for `vocabulary`"
             raise InputError(f"`{self._theirs.name}` holds NaN or infinite numbers", hint=hint)
         return rows
