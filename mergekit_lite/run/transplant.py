@@ -120,8 +120,8 @@ class Transplant:
         return self._finite(self._theirs.rows(self._graft.atoms))
 
     def _finite(self, rows: Tensor) -> Tensor:
-        # A sum looks at every number and takes no memory. In float64 that of finite ones is finite, unless they are too.
-        if not math.isfinite(float(rows.sum(dtype=torch.float64))) and not bool(torch.isfinite(rows).all()):
+        # A sum looks at every number and takes no memory; it is wrong only towards looking closer.
+        if not math.isfinite(float(rows.sum())) and not bool(torch.isfinite(rows).all()):
             hint = "sums of its rows cannot be found: repair the checkpoint, or take another one for `vocabulary`"
             raise InputError(f"`{self._theirs.name}` holds NaN or infinite numbers", hint=hint)
         return rows
