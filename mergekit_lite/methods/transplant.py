@@ -22,11 +22,14 @@ from mergekit_lite.methods.spec import REQUIRED, Param
 def transplant(xs: Sequence[Tensor], vocabulary: object, k: int) -> Tensor:
     """Give a model the tokenizer of another: rows of new tokens are sums of rows of tokens that both know.
 
-    Of a token that both tokenizers have, the result has the model's own row. The row d_t of any other token t in the
-    model of `vocabulary` is approximated by at most `k` rows of shared tokens there, d_t ~ sum_i c_i d_i, found by
-    orthogonal matching pursuit; the result's row is the same sum of the model's own rows, sum_i c_i m_i. Embedding and
-    head are made each from its own; a model whose head is its embedding gives it for both. Everything else is the
-    model's, and its tied embeddings stay tied.
+    Of a token t that both tokenizers have, the result has the model's own row, out_t = m_t. The row d_t of any other
+    token in the model of `vocabulary` is approximated by at most `k` rows of shared tokens there, d_t ~ sum_i c_i d_i,
+    found by orthogonal matching pursuit, and the model's rows are added up in the same way:
+
+    out = sum_i c_i m_i.
+
+    Embedding and head are made each from its own; a model whose head is its embedding gives it for both. Everything
+    else is the model's, and its tied embeddings stay tied.
 
     - Tokens are shared where they stand for the same text, however their tokenizers write it (`Ġthe`, `▁the`, `the` of
       WordPiece), and special tokens where they have the same text or the same role (`bos_token`, `eos_token`, ...).
