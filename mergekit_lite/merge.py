@@ -99,7 +99,8 @@ def plan(
         checkpoints = open_models(
             recipe, used_models(recipe), offline or box is not None, allow_pickle, fetch == "stream"
         )
-        if any(save.tokenizer is not None for save in recipe.saves):
+        tokens = any(save.tokenizer is not None for save in recipe.saves)
+        if tokens or any(step.use == "transplant" for step in recipe.steps.values()):
             from mergekit_lite.run.inputs import with_beside
 
             checkpoints = {name: with_beside(checkpoint) for name, checkpoint in checkpoints.items()}

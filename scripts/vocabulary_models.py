@@ -7,6 +7,7 @@ has never seen, the other knows.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -71,6 +72,25 @@ def sentencepiece(text: Sequence[str], size: int) -> Tokenizer:
     return made
 
 
+def unigram(text: Sequence[str], size: int) -> Tokenizer:
+    """As T5 and ALBERT: a text is split into the pieces that are likeliest together. The pieces are those of merges,
+    their shares those in the text; a training of its own takes long and comes out another way each time."""
+    parts = [piece for part in text for piece in part.replace(" ", " ▁").split(" ") if piece]
+    trained = Tokenizer(models.BPE())
+    trained.train_from_iterator(parts, trainers.BpeTrainer(vocab_size=size - 3))
+    whole = " ".join(parts)
+    counts = {token: whole.count(token) + 1 for token in sorted(trained.get_vocab())}
+    total = sum(counts.values())
+    shares = sorted(((token, math.log(count / total)) for token, count in counts.items()), key=lambda one: -one[1])
+    special = ["<unk>", "<s>", "</s>"]
+    made = Tokenizer(models.Unigram([*((token, 0.0) for token in special), *shares], unk_id=0))
+    made.normalizer = normalizers.NFKC()
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return made
+
+
 def wordpiece(text: Sequence[str], size: int) -> Tokenizer:
     """As BERT."""
     made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -101,14 +121,16 @@ def reordered(made: Tokenizer) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(data))
 
 
-def write(folder: Path, made: Tokenizer, seed: int, *, rows: int | None = None, tied: bool = False) -> Path:
+def write(
+    folder: Path, made: Tokenizer, seed: int, *, rows: int | None = None, tied: bool = False, hidden: int = HIDDEN
+) -> Path:
     """A model with this tokenizer, of `rows` rows or as many as there are tokens: Llama's architecture, or BERT's."""
     torch.manual_seed(seed)
     size = rows or made.get_vocab_size()
     bert = json.loads(made.to_str())["model"]["type"] == "WordPiece"
     common: dict[str, Any] = {
         "vocab_size": size,
-        "hidden_size": HIDDEN,
+        "hidden_size": hidden,
         "intermediate_size": 24,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
@@ -164,6 +186,11 @@ def pair_wordpiece(folder: Path) -> None:
     write(folder / "b", wordpiece(code(), 600), 2)
 
 
+def pair_unigram(folder: Path) -> None:
+    write(folder / "a", unigram(prose(), 700), 1)
+    write(folder / "b", unigram(code(), 800), 2)
+
+
 PAIRS: dict[str, Callable[[Path], None]] = {
     "byte_level": pair_byte_level,
     "added": pair_added,
@@ -171,4 +198,5 @@ PAIRS: dict[str, Callable[[Path], None]] = {
     "padded": pair_padded,
     "sentencepiece": pair_sentencepiece,
     "wordpiece": pair_wordpiece,
+    "unigram": pair_unigram,
 }

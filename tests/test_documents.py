@@ -46,6 +46,8 @@ DOCUMENTS = (
 RECIPES = sorted(
     str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "families"
 )
+# The demo's networks read pictures: a recipe about tokens needs others, and `tests/vocabulary` runs it.
+TOKENS = ("recipes/methods/transplant.yaml",)
 PUBLIC = [method.name for method in all_methods().values() if method.public]
 BY_HAND = ("make test", "make venv", "pip ", "git ")
 SKELETON = """\
@@ -127,7 +129,7 @@ def mean_accuracy(weights: digits.Weights, part: str) -> float:
 # Recipes
 
 
-@pytest.mark.parametrize("path", RECIPES)
+@pytest.mark.parametrize("path", [path for path in RECIPES if path not in TOKENS])
 def test_a_recipe_gives_a_network_that_works(path: str, place: Path):
     code, shown = run("run", path)
     assert code == 0 and "warning" not in shown, shown

@@ -25,6 +25,7 @@ _REACH: dict[Reach, str] = {
     "matrix": "whole tensors",
     "structure": "names only, no arithmetic",
     "alignment": "whole models, to find an order of their units",
+    "vocabulary": "rows of tokens in embedding and head; everything else is kept",
 }
 _INTRO = """# Merge methods
 
@@ -263,7 +264,7 @@ def _generated(method: Method) -> dict[str, Any]:
         steps |= {"change": step, "merged": {"use": "add", "of": "change", "base": "base"}}
     else:
         steps["merged"] = step
-    based = any("base" in one or "like" in one for one in steps.values())
+    based = any("base" in one or "like" in one or "base" in one.get("with", {}).values() for one in steps.values())
     models = {"base": "org/base"} if based else {}
     models |= {name: f"org/model-{name}" for name in names}
     return {"version": 1, "models": models, "steps": steps, "save": {"to": "out/merged"}}

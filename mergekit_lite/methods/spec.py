@@ -12,8 +12,9 @@ Space = Literal["weight", "delta", "same"]
 # element: each output element needs the same element of the inputs; measured: that, after a statistic of the whole
 # tensor; pooled: that, after a statistic of all tensors of the step; row: whole rows; matrix: the whole tensor;
 # structure: works on names, not on numbers (`stack`), and is carried out by the plan; alignment: whole models decide on
-# an order of units (`permute`), which the run finds first.
-Reach = Literal["element", "measured", "pooled", "row", "matrix", "structure", "alignment"]
+# an order of units (`permute`), which the run finds first; vocabulary: tensors with a row for every token get other
+# rows (`transplant`), which the plan lays out.
+Reach = Literal["element", "measured", "pooled", "row", "matrix", "structure", "alignment", "vocabulary"]
 # How a further input with a shape of its own is read beside rows of the first: the same rows, the columns of these
 # numbers, or all of it.
 Beside = Literal["rows", "columns", "whole"]
@@ -167,6 +168,8 @@ class Method:
     A method that `gathers` takes whole rows of one of its inputs in an order that its statistic gives; the engine reads
     them in that order and `fn` is only the plain form.
     A method with row reach gets `rows` of them together, from a multiple of that number on; the last may be fewer.
+    A method that also `combines` makes rows of several rows of its first input, as it finds them in the second; rows of
+    that one the engine holds for all threads.
     `beside(params)` is for a method with row reach whose inputs after the first have shapes of their own: how each of
     them is read for a block of rows. They come to `fn` as matrices, in the compute dtype.
     `plain` says of an element method that `fn` uses nothing of the blocks but `x * number`, `x - y`, `add_`, `clone`,
@@ -200,6 +203,7 @@ class Method:
     row_axis: Literal["first", "last"] = "last"
     rows: int = 1
     gathers: bool = False
+    combines: bool = False
     without: Callable[..., Any] | None = None
     fits: Callable[[Sequence[tuple[int, ...]]], str | None] | None = None
     beside: Callable[[Params], tuple[Beside, ...]] | None = None

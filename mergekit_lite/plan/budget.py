@@ -33,7 +33,7 @@ class _Way:
 
     @property
     def fixed(self) -> int:
-        return self.standing + (THREAD + self.buffers) * self.threads
+        return self.standing + self.peak.shared + (THREAD + self.buffers) * self.threads
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +85,8 @@ def within(plan: Plan, budget: int, standing: int, threads: int | None, block: i
         plan,
         threads=way.threads,
         block=way.block,
-        peak_bytes=min(peak_bytes(way.peak, way.threads), largest + THREAD * way.threads) + buffers * way.threads,
+        peak_bytes=min(peak_bytes(way.peak, way.threads), largest + THREAD * way.threads + way.peak.shared)
+        + buffers * way.threads,
         memory=Memory(budget, way.fixed + largest, room, number),
     )
 
@@ -127,6 +128,8 @@ def _refusal(least: _Way, budget: int, threads: int | None, block: int | None) -
     if worst.text:
         parts.append(f"{worst.text}: {size(worst.nbytes)}{times}")
     parts.append(f"{count(least.threads, 'thread')}: {size(THREAD * least.threads)}")
+    if least.peak.shared:
+        parts.append(f"the rows that sums are found in: {size(least.peak.shared)}")
     if least.buffers:
         parts.append(f"what they read from the Hub: {size(least.buffers * least.threads)}")
     given = [f"`--{name} {value}`" for name, value in (("threads", threads), ("block", block)) if value is not None]

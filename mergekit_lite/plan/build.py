@@ -26,6 +26,7 @@ from mergekit_lite.plan.peak import peak_bytes, peak_of
 from mergekit_lite.plan.settings import check_steps, constant, references_of, statistics
 from mergekit_lite.plan.stack import build_stack
 from mergekit_lite.plan.steps import Source, build_step, idle_globs
+from mergekit_lite.plan.transplant import build_transplant, conflict, without_row
 from mergekit_lite.plan.vocabulary import models_named, remap
 from mergekit_lite.recipe.links import unused_steps
 from mergekit_lite.recipe.model import Recipe, Ref, Step
@@ -107,14 +108,18 @@ def _build(
     if problems and any(save.tokenizer is not None for save in recipe.saves):
         raise RecipeError(problems)
     # Its faults come alone: where tables keep their old rows, every step would find that shapes differ.
+    steps = in_order(recipe, methods)
+    clash = conflict(recipe, steps)
+    if clash is not None:
+        raise RecipeError(clash)
     vocabulary, notes = remap(builder, recipe, checkpoints, tables, merged_models(recipe))
     warnings += notes
-    for step in in_order(recipe, methods):
-        found = _step(builder, step, methods, tables, problems)
+    for step in steps:
+        found = _step(builder, step, methods, tables, checkpoints, problems)
         if found is not None:
             tables[step.name] = found
             views.append(_view(step, found))
-            warnings += [*_remarks(step, methods[step.use]), *idle_globs(step, found)]
+            warnings += [*_remarks(step, methods[step.use]), *idle_globs(step, found), *without_row(step, found)]
     adapters = Adapters(builder, recipe, tables, checkpoints, ranks, measure, problems, warnings)
     outputs = make_outputs(recipe, tables, checkpoints, out, check_output, vocabulary, problems, adapters)
     if problems:
@@ -220,7 +225,12 @@ def merged_models(recipe: Recipe) -> list[str]:
 
 
 def _step(
-    builder: Builder, step: Step, methods: Mapping[str, Method], tables: Mapping[str, Table], problems: list[Problem]
+    builder: Builder,
+    step: Step,
+    methods: Mapping[str, Method],
+    tables: Mapping[str, Table],
+    checkpoints: Mapping[str, Checkpoint],
+    problems: list[Problem],
 ) -> Table | None:
     """The step's table; None where an input of it has failed, whose faults are known already."""
     if any(ref.name not in tables for ref in references_of(step, methods, tables)):
@@ -231,7 +241,10 @@ def _step(
         return Source(ref.name, ref.mark, tables[ref.name])
 
     sources = [source(item.ref) for item in step.of]
-    if method.reach == "structure":
+    if method.reach == "vocabulary":
+        (vocabulary,) = (source(ref) for ref in statistics(step, method))
+        table, found = build_transplant(builder, step, sources[0], vocabulary, checkpoints)
+    elif method.reach == "structure":
         others = [source(ref) if ref else None for ref in (step.rest, step.below, step.above)]
         table, found = build_stack(step, sources, *others)
     elif method.reach == "alignment":
@@ -260,7 +273,8 @@ def _view(step: Step, table: Table) -> StepView:
     inputs = tuple(item.ref.name for item in step.of)
     extra = tuple(ref.name for ref in (step.base, step.rest, step.below, step.above) if ref)
     base = step.base.name if step.base else None
-    return StepView(step.name, step.use, inputs, base, table.space, len(table.nodes), shown, (*inputs, *extra))
+    rows = table.adopted.rows if table.adopted is not None and step.use == "transplant" else {}
+    return StepView(step.name, step.use, inputs, base, table.space, len(table.nodes), shown, (*inputs, *extra), rows)
 
 
 def _shown(value: Value) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from mergekit_lite.plan import rates
 from mergekit_lite.plan.model import Alignment, Node, Plan
 from mergekit_lite.plan.order import passes, rounds_of, walk
+from mergekit_lite.vocabulary.graft import Graft
 
 
 def seconds(plan: Plan, threads: int) -> float:
@@ -64,6 +65,8 @@ class _Costs:
         if node.reach == "matrix":
             return _matrix(node)
         assert node.method is not None
+        if node.method.combines:
+            return _sums(node) * numel / max(1, node.numel)
         identity = (node.method.name, id(node.params), len(node.inputs))
         found = self._known.get(identity)
         if found is None:
@@ -84,6 +87,15 @@ def _element(node: Node) -> float:
     per_input = rates.ROWS if node.reach == "row" and not method.gathers else rates.KERNEL
     drawn = rates.RANDOM if method.positioned and node.reach == "element" else 0.0
     return per_input * len(node.inputs) + drawn
+
+
+def _sums(node: Node) -> float:
+    """All rows of a tensor that are sums of others: for each term the products of a row with every shared one."""
+    settings = dict(node.params)
+    graft: Graft = settings["graft"]
+    terms: int = settings["k"]
+    products = len(graft.sums) * terms * len(graft.atoms) * math.prod(node.inputs[1].shape[1:])
+    return products * rates.PRODUCT + node.numel * rates.KERNEL
 
 
 def _matrix(node: Node) -> float:

@@ -10,6 +10,7 @@ from mergekit_lite.checkpoint.meta import Checkpoint
 from mergekit_lite.plan.estimate import seconds
 from mergekit_lite.plan.model import Node, Output, OutTensor, Plan, StepView
 from mergekit_lite.plan.streaming import bytes_fetched
+from mergekit_lite.plan.transplant import transplanted
 from mergekit_lite.plan.vocabulary import vocabulary
 from mergekit_lite.plan.words import about, count, shape, size
 from mergekit_lite.recipe.write import located
@@ -20,7 +21,9 @@ LONGEST = 400  # characters of an expression
 def summary(plan: Plan, threads: int) -> list[str]:
     """The plan in lines: one for each step, one for what it costs, then every output with its files."""
     calls = [(step.name, call(step), step.space, count(step.tensors, "tensor")) for step in plan.steps]
-    lines = _aligned(calls)
+    lines = []
+    for step, line in zip(plan.steps, _aligned(calls), strict=True):
+        lines += [line, *([f"  {transplanted(step)}"] if step.rows else [])]
     shards = count(sum(len(output.shards) for output in plan.outputs), "shard")
     costs = [
         f"read {size(plan.bytes_read)}{_passes(plan)}",
@@ -194,6 +197,7 @@ def as_json(plan: Plan, threads: int) -> dict[str, Any]:
                 "with": dict(step.params),
                 "space": step.space,
                 "tensors": step.tensors,
+                **({"rows": dict(step.rows)} if step.rows else {}),
             }
             for step in plan.steps
         ],

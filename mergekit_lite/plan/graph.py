@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mergekit_lite.checkpoint.meta import Form, TensorMeta
@@ -13,8 +14,20 @@ from mergekit_lite.methods.permute import permuted
 from mergekit_lite.methods.random import Keys
 from mergekit_lite.methods.remap import remapped
 from mergekit_lite.methods.spec import Call, Method, Reach, Slot
+from mergekit_lite.methods.transplant import transplanted
 from mergekit_lite.plan.model import Alignment, Node
+from mergekit_lite.vocabulary.graft import Graft
 from mergekit_lite.vocabulary.rows import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """The vocabulary that a step has brought a table to: `lead` is the model whose tokenizer it is, `files` those that
+    the output has of it, by name, `rows` where those of the embedding come from."""
+
+    lead: str
+    files: Mapping[str, Path | bytes]
+    rows: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +36,8 @@ class Table:
 
     `space` is `weight` or `delta`; `dtypes` are the stored dtypes (safetensors codes) that a save without `dtype`
     keeps. `donor` is the model that gives configuration and tokenizer, `config` its config.json with a change of depth
-    applied, `form` how the files are laid out. `quantized` tells of numbers that are codes, fit for copying only.
+    applied, `form` how the files are laid out. `quantized` tells of numbers that are codes, fit for copying only;
+    `adopted` is the vocabulary where it is not that of the donor.
     """
 
     space: str
@@ -34,6 +48,7 @@ class Table:
     family: Family
     quantized: Codes | None = None
     form: Form | None = None
+    adopted: Adopted | None = None
 
 
 class PoolConflict(Exception):
@@ -120,6 +135,22 @@ class Builder:
                 method=remapped,
                 inputs=tuple(inputs),
                 params=(("rows", rows), ("own", own)),
+                reach="row",
+            )
+        return known
+
+    def transplant(self, mine: Node, theirs: Node, graft: Graft, terms: int, step: str) -> Node:
+        """The node whose rows are those of `mine` that `graft` tells, and sums of them, found in `theirs`."""
+        identity = ("transplant", graft, terms, mine.id, theirs.id)
+        known = self._known.get(identity)
+        if known is None:
+            known = self._known[identity] = Node(
+                id=len(self._known),
+                shape=(len(graft), *mine.shape[1:]),
+                step=step,
+                method=transplanted,
+                inputs=(mine, theirs),
+                params=(("graft", graft), ("k", terms)),
                 reach="row",
             )
         return known

@@ -165,7 +165,8 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True)
 class StepView:
-    """A step as `merge plan` shows it."""
+    """A step as `merge plan` shows it. `rows` tells of a transplant how many rows of the embedding are `shared`,
+    `approximated` by at most `k` others, and `zero`."""
 
     name: str
     use: str
@@ -175,6 +176,7 @@ class StepView:
     tensors: int
     params: Mapping[str, str]
     reads: tuple[str, ...] = ()
+    rows: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

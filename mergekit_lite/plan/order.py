@@ -7,7 +7,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from mergekit_lite.checkpoint.meta import STORED_BITS
+from mergekit_lite.methods.pursuit import batch_size
 from mergekit_lite.plan.model import Alignment, Node, Output, OutTensor, Unit
+from mergekit_lite.vocabulary.graft import Graft
 
 GRAIN = 1 << 16  # elements over which a statistic is summed at once; part of what defines the output's bytes
 BLOCK = 1 << 18  # elements of one block unless the run says otherwise; changes time and memory, never a byte
@@ -104,7 +106,8 @@ def among(nodes: Iterable[Node]) -> dict[int, int]:
     """The nodes of which a gathering node reads one, by id: how many there are to choose from."""
     found: dict[int, int] = {}
     for node in [n for n in nodes if n.reach == "row"]:
-        if node.method is not None and node.method.gathers and len(node.inputs) > 1:
+        method = node.method
+        if method is not None and method.gathers and not method.combines and len(node.inputs) > 1:
             found.update((below.id, len(node.inputs)) for below in walk(node.inputs))
     return found
 
@@ -176,11 +179,29 @@ def _pass_bytes(nodes: Sequence[Node], numel: int) -> int:
     aside = beside(rows)
     choice = among(rows)
     total = 0
+    for node in rows:
+        if node.method is not None and node.method.combines:
+            aside.update((below.id, ("rows", node)) for below in walk([node.inputs[1]]))
+            total += _summed_bytes(node, numel)
     for node in loads:
         way, owner = aside.get(node.id, ("", node))
         share = numel if not way else node.numel * numel // max(1, owner.numel) if way == "rows" else node.numel
         total += load_bytes(node, share) // choice.get(node.id, 1)
     return total
+
+
+def _summed_bytes(node: Node, numel: int) -> int:
+    """Stored bytes of the rows that sums are made of, for `numel` elements of a tensor of another vocabulary: those of
+    a batch are read together, each once."""
+    mine, theirs = node.inputs
+    settings = dict(node.params)
+    graft: Graft = settings["graft"]
+    terms: int = settings["k"]
+    atoms, sums = len(graft.atoms), len(graft.sums)
+    batch = batch_size(terms, math.prod(theirs.shape[1:]), atoms)
+    rows = -(-sums // batch) * min(batch * terms, atoms)
+    bits = STORED_BITS[mine.load.dtype] if mine.load is not None else 32
+    return rows * math.prod(mine.shape[1:]) * bits // 8 * numel // max(1, node.numel)
 
 
 def load_bytes(node: Node, numel: int) -> int:

@@ -82,7 +82,7 @@ def make_outputs(
                 adapters.warnings.extend(remarks)
             made = build_output(str(place), step, table, save.dtype, save.shard, text, codes)
             try:
-                outputs.append(beside(made, save, recipe, checkpoints, vocabulary))
+                outputs.append(beside(made, save, recipe, checkpoints, vocabulary, table.adopted))
             except RecipeError as fault:
                 problems += fault.problems
     problems += check_pushes(recipe.saves)

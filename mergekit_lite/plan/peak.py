@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_lite.family.spaces import Space
+from mergekit_lite.methods.pursuit import batch_size, pursuit_bytes
 from mergekit_lite.plan.model import Alignment, Node, Unit
 from mergekit_lite.plan.order import COPY_BLOCK, among, beside, grain_of, walk
 
@@ -56,12 +57,14 @@ class Need:
 @dataclass(frozen=True, slots=True)
 class Peak:
     """The costliest work of a plan, for one thread at a time: a unit done in blocks, one that takes whole matrices, the
-    statistics of whole models, and an order of units. Without a thread's own `THREAD` bytes."""
+    statistics of whole models, and an order of units. Without a thread's own `THREAD` bytes. `shared` is held once for
+    all threads: the rows of another vocabulary in which sums are found."""
 
     blocks: Need
     whole: Need
     pools: Need
     alignments: Need
+    shared: int = 0
 
     @property
     def worst(self) -> Need:
@@ -96,12 +99,34 @@ def peak_of(
             nodes = walk([node])
             pooled = _worse(pooled, block_bytes(nodes, block, size), nodes, "its largest tensor")
     found = (_alignment(alignment, size) for alignment in alignments.values())
-    return Peak(blocks, whole, pooled, max(found, key=lambda need: need.nbytes, default=Need(0)))
+    alignment = max(found, key=lambda need: need.nbytes, default=Need(0))
+    return Peak(blocks, whole, pooled, alignment, _shared(units, size))
 
 
 def peak_bytes(peak: Peak, threads: int) -> int:
     """Anonymous memory of the blocks of `threads` threads at work, each at the costliest there is."""
-    return (peak.worst.nbytes + THREAD) * threads
+    return (peak.worst.nbytes + THREAD) * threads + peak.shared
+
+
+def _shared(units: Sequence[Unit], size: int) -> int:
+    """Bytes of the rows in which sums are found. Two tensors' may be held at once, where threads go on to the next."""
+    found: dict[tuple[int, str], int] = {}
+    for node in {n.id: n for unit in units for n in unit.nodes if n.method and n.method.combines}.values():
+        theirs, graft = node.inputs[1], dict(node.params)["graft"]
+        found[theirs.id, graft.digest] = len(graft.atoms) * math.prod(theirs.shape[1:]) * size
+    return sum(sorted(found.values())[-2:])
+
+
+def summing_bytes(node: Node, size: int) -> int:
+    """What a thread takes for a batch of rows that are sums of others: the search, and the rows themselves."""
+    mine, theirs = node.inputs
+    settings = dict(node.params)
+    atoms: int = len(settings["graft"].atoms)
+    terms: int = settings["k"]
+    width, own = math.prod(theirs.shape[1:]), math.prod(mine.shape[1:])
+    batch = batch_size(terms, width, atoms)
+    rows = min(atoms, batch * terms) + batch + terms
+    return math.ceil(KEPT * pursuit_bytes(terms, width, atoms, size)) + 2 * size * own * rows + 8 * own * terms
 
 
 def is_whole(nodes: Iterable[Node]) -> bool:
@@ -166,8 +191,9 @@ def block_bytes(nodes: Sequence[Node], block: int, size: int) -> int:
         blocks = math.ceil(KEPT * blocks)
     # A row method sorts: values, indices and a copy.
     sorting = 24 * elements if any(n.reach == "row" for n in nodes) else 0
+    sums = sum(summing_bytes(n, size) for n in nodes if n.method is not None and n.method.combines)
     counters = sum(STATISTIC for n in nodes if n.reach in ("measured", "pooled"))
-    return blocks + max([sorting, *(matrix_bytes(n) for n in nodes if n.reach == "matrix")]) + counters
+    return blocks + max([sorting, *(matrix_bytes(n) for n in nodes if n.reach == "matrix")]) + counters + sums
 
 
 def _kernel(node: Node) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from mergekit_lite.checkpoint.meta import MERGEABLE, Checkpoint
 from mergekit_lite.errors import Mark, Problem, RecipeError
 from mergekit_lite.family.section import assign
-from mergekit_lite.plan.graph import Builder, Table
+from mergekit_lite.plan.graph import Adopted, Builder, Table
 from mergekit_lite.plan.model import Node, Output, Vocabulary
 from mergekit_lite.recipe.links import final_step
 from mergekit_lite.recipe.model import Recipe, Ref, Save, Tokenizer, TokenRow
@@ -144,16 +144,22 @@ def tensors_of(table: Table, config: Mapping[str, Any]) -> list[str]:
 
 
 def beside(
-    output: Output, save: Save, recipe: Recipe, checkpoints: Mapping[str, Checkpoint], found: Remapped | None
+    output: Output,
+    save: Save,
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    found: Remapped | None,
+    adopted: Adopted | None,
 ) -> Output:
-    """`output` with the tokenizer and the configuration that go with its vocabulary, and with its chat template."""
+    """`output` with the tokenizer and the configuration that go with its vocabulary, and with its chat template.
+    `adopted` is the vocabulary that a step has given it."""
     wish = save.tokenizer
     if wish is None:
-        return output
+        return output if adopted is None else replace(output, tokenizer=adopted.files)
     donor = checkpoints[output.donor]
     lead = checkpoints[found.view.lead] if found is not None else donor
     config: dict[str, Any] = dict(output.config)
-    files = files_of(lead, found.tokens if found is not None else None)
+    files = files_of(lead, found.tokens if found is not None else None) if adopted is None else dict(adopted.files)
     if found is not None:
         old = {number: token for token, number in found.read[output.donor].ids.items()}
         given = lead.config if lead is not donor else {}

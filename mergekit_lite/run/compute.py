@@ -27,6 +27,7 @@ from mergekit_lite.run.pools import Watchers, measure_pools
 from mergekit_lite.run.program import Loader, Loads, Stats
 from mergekit_lite.run.sink import Sink
 from mergekit_lite.run.threads import keep_freed_blocks, one_thread_per_operation
+from mergekit_lite.run.transplant import Shared
 
 if TYPE_CHECKING:
     from mergekit_lite.run.alignment import Solved
@@ -120,9 +121,10 @@ def computing(
     UsageError where there is no such device."""
     compute = torch.float64 if plan.recipe.compute == "float64" else torch.float32
     place = find_device(device)
-    loader: Callable[[], Loads] = functools.partial(Loader, source, compute)
+    shared = Shared()
+    loader: Callable[[], Loads] = functools.partial(Loader, source, compute, shared)
     if place.type != "cpu":
-        loader = functools.partial(DeviceLoader, source, compute, place)
+        loader = functools.partial(DeviceLoader, source, compute, place, shared)
     keep_freed_blocks()
     with one_thread_per_operation():
         yield Computer(Blocks(loader, block, stopped, lane(place)), strict, {})

@@ -17,6 +17,7 @@ from mergekit_lite.checkpoint.unpack import Unpacker
 from mergekit_lite.errors import StoppedError, UsageError
 from mergekit_lite.run.bits import load_bits
 from mergekit_lite.run.copy import ByteSource
+from mergekit_lite.run.transplant import Shared
 
 RING = 3  # staging buffers of a thread: one is filled while others are on their way
 
@@ -93,6 +94,7 @@ class DeviceLoader:
     source: ByteSource
     compute: torch.dtype
     device: torch.device
+    shared: Shared = field(default_factory=Shared)
     _ring: list[tuple[Tensor, torch.cuda.Event]] = field(default_factory=list)
     _turn: int = 0
     _unpacker: Unpacker | None = None

@@ -25,6 +25,7 @@ from mergekit_lite.run.evaluate import Blocks
 from mergekit_lite.run.nonfinite import reaches
 from mergekit_lite.run.sink import Sink
 from mergekit_lite.run.threads import keep_freed_blocks
+from mergekit_lite.run.transplant import Shared
 
 # Numbers, summed over the blocks of all nodes and targets, above which torch has caught up: NumPy takes some 0.3 ns
 # more for each, torch has an import of more than a second.
@@ -78,6 +79,7 @@ class _Loader:
     def __init__(self, source: ByteSource):
         self._source = source
         self._raw = np.empty(0, dtype=np.uint16)
+        self.shared = Shared()
 
     @property
     def device(self) -> torch.device:

@@ -18,6 +18,8 @@ from mergekit_lite.plan.words import count
 from mergekit_lite.run.bits import load_bits
 from mergekit_lite.run.copy import ByteSource
 from mergekit_lite.run.gather import Gather, Remap
+from mergekit_lite.run.transplant import Shared, Source, Transplant
+from mergekit_lite.vocabulary.graft import Graft
 
 if TYPE_CHECKING:
     from mergekit_lite.checkpoint.unpack import Unpacker
@@ -26,7 +28,10 @@ Stats = dict[int, Any]  # node id -> what its measure found for this tensor
 
 
 class Loads(Protocol):
-    """Loads blocks of stored tensors in the dtype of the arithmetic, to where the kernels run. For one thread."""
+    """Loads blocks of stored tensors in the dtype of the arithmetic, to where the kernels run. For one thread; `shared`
+    is what those of all threads hold together."""
+
+    shared: Shared
 
     @property
     def device(self) -> torch.device:
@@ -52,6 +57,7 @@ class Loader:
 
     source: ByteSource
     compute: torch.dtype
+    shared: Shared = field(default_factory=Shared)
     _raw: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     _views: dict[tuple[torch.dtype, int], tuple[Tensor, memoryview]] = field(default_factory=dict)
     _unpacker: Unpacker | None = None
@@ -98,7 +104,7 @@ class _Operation:
     shapes: tuple[tuple[int, ...], ...] = ()  # of the inputs, for a matrix method
     length: int = 0  # of a row, for a row method
     beside: tuple[_Beside, ...] = ()
-    gather: Gather | Remap | None = None
+    gather: Gather | Remap | Transplant | None = None
     spent: list[int] = field(default_factory=list)
 
 
@@ -199,8 +205,10 @@ class Program:
         operation.inputs = tuple(place[below.id] for below in inputs)
         return operation
 
-    def _gather(self, node: Node) -> Gather | Remap:
+    def _gather(self, node: Node) -> Gather | Remap | Transplant:
         place = dict(node.params)
+        if "graft" in place:
+            return self._transplant(node, place["graft"], place["k"])
         if "rows" in place:
             # What other models give is watched over where it is their own.
             watches = [self._watch if number == place["own"] else None for number in range(len(node.inputs))]
@@ -216,6 +224,28 @@ class Program:
         return Gather(
             node.shape, taken, lambda start, stop: program.run(start, stop)[0], program.whole, self._loader.device
         )
+
+    def _transplant(self, node: Node, graft: Graft, terms: int) -> Transplant:
+        mine, theirs = node.inputs
+        # Rows of sums are read more than once, and those of the other model refused where they are not finite.
+        own, other = (
+            Source(below.load.name if below.load else below.step, self._reads(below), math.prod(below.shape[1:]))
+            for below in (mine, theirs)
+        )
+        return Transplant(graft, terms, own, other, self._loader.shared, (theirs.id, graft))
+
+    def _reads(self, node: Node) -> Callable[[int, int], Tensor]:
+        """Reads elements of a tensor in any order; one that can be computed whole only is kept."""
+        program = Program([node], self._loader, self._stats, None, self._step)
+        if not program.whole:
+            return _reading(program)
+
+        def kept(start: int, stop: int) -> Tensor:
+            if node.id not in self._kept:
+                self._kept[node.id] = program.run(0, node.numel)[0]
+            return self._kept[node.id][start:stop]
+
+        return kept
 
     def _aside(self, node: Node, below: Node, way: str) -> _Beside:
         # What is kept is read for every part of a tensor again, and watched over by nobody but the first.

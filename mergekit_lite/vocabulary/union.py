@@ -8,8 +8,9 @@ from typing import Any
 
 from mergekit_lite.errors import InputError, Mark, Problem, RecipeError
 from mergekit_lite.vocabulary.tokens import Tokens
+from mergekit_lite.vocabulary.unigram import scored
 
-_UNITED = ("BPE", "WordPiece")
+_UNITED = ("BPE", "WordPiece", "Unigram")
 # How words are marked, which decides what the texts of tokens mean: those of one kind fit one tokenizer.
 _HOW = "their tokens do not mean the same pieces of text"
 
@@ -19,8 +20,9 @@ def united(base: Tokens, others: Sequence[Tokens], mark: Mark | None) -> tuple[T
 
     Ids of the base stay. After them come the tokens of the others' own, model by model in the order of their ids, then
     the tokens that were added to them. The base's merges come first, in their order, then those that only others have,
-    in theirs: so the base's own merges go on as they did, and the others' join what these leave. Everything else, how
-    text is normalised and split, is the base's. Raises RecipeError for tokenizers of different kinds.
+    in theirs: so the base's own merges go on as they did, and the others' join what these leave. In a Unigram model
+    scores do the same: see `unigram.scored`. Everything else, how text is normalised and split, is the base's. Raises
+    RecipeError for tokenizers of different kinds.
     """
     different = [other for other in others if other.data != base.data]
     notes: list[Problem] = []
@@ -32,7 +34,7 @@ def united(base: Tokens, others: Sequence[Tokens], mark: Mark | None) -> tuple[T
             notes.append(Problem(message, mark, f"tokens that only `{other.name}` has may never come out of a text"))
     model = _model(base)
     ids = dict(base.ids)
-    vocab: dict[str, int] = dict(model["vocab"])
+    plain: dict[str, int] = {} if model["type"] == "Unigram" else dict(model["vocab"])
     added = dict(base.added)
     merges = {_pair(merge): merge for merge in model.get("merges") or ()}
     new: list[str] = []
@@ -40,7 +42,7 @@ def united(base: Tokens, others: Sequence[Tokens], mark: Mark | None) -> tuple[T
     for other in different:
         for token in sorted(other.ids, key=lambda one: other.ids[one]):
             if token not in ids and not any(token in one.added for one in different):
-                ids[token] = vocab[token] = following
+                ids[token] = plain[token] = following
                 following += 1
         merges |= {pair: merge for merge in _model(other).get("merges") or () if (pair := _pair(merge)) not in merges}
     for other in different:
@@ -52,7 +54,7 @@ def united(base: Tokens, others: Sequence[Tokens], mark: Mark | None) -> tuple[T
                 new.append(token)
     if len(ids) == len(base.ids) and len(merges) == len(model.get("merges") or ()) and len(added) == len(base.added):
         return base, notes
-    changed: dict[str, Any] = {**model, "vocab": vocab}
+    changed: dict[str, Any] = model if model["type"] == "Unigram" else {**model, "vocab": plain}
     if "merges" in model:
         changed["merges"] = [list(pair) for pair in merges]
     return _made(base, ids, added, changed), notes
@@ -98,6 +100,8 @@ def _made(base: Tokens, ids: Mapping[str, int], added: Mapping[str, Mapping[str,
     if isinstance(model["vocab"], Mapping):
         # The library numbers added tokens by itself unless they stand in the vocabulary, where gaps do no harm then.
         model["vocab"] = {**model["vocab"], **{token: ids[token] for token in added}}
+    else:
+        model["vocab"] = scored(model["vocab"], ids, added)
     data = {**base.data, "added_tokens": entries, "model": model}
     settings = dict(base.settings)
     if "added_tokens_decoder" in settings:

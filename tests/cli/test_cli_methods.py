@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 from cli_process import Ran
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from mergekit_lite import load_recipe, plan
 from mergekit_lite.cli import manual
@@ -67,11 +69,18 @@ def test_every_example_can_be_planned(
         Path("recipes").symlink_to(Path(__file__).parents[2] / "recipes")
         names = {f"encoder.layers.{i}.weight": (4, 4) for i in range(8)} | {"head.weight": (4, 4)}
         names |= {key.replace("weight", "bias"): (4,) for key in names}
+    if PUBLIC[name].reach == "vocabulary":
+        names["model.embed_tokens.weight"] = (100, 4)
     for seed, model in enumerate(recipe.models.values()):
         # Gram matrices belong to linear layers only.
         shapes = {key: shape for key, shape in names.items() if len(shape) == 2 or not model.name.endswith("_gram")}
         kind = {"config": {"model_type": "digits_mlp", "num_hidden_layers": 8}} if "head.bias" in names else {}
-        tiny_checkpoint(tmp_path / "models" / model.name, shapes, seed=seed, **kind)
+        if "model.embed_tokens.weight" in names:
+            kind = {"config": {"model_type": "llama", "num_hidden_layers": 8, "vocab_size": 100}}
+        folder = tiny_checkpoint(tmp_path / "models" / model.name, shapes, seed=seed, **kind)
+        if "model.embed_tokens.weight" in names:
+            tokens = {f"t{number}": number for number in range(100)}
+            Tokenizer(WordLevel(tokens, unk_token="t0")).save(str(folder / "tokenizer.json"))
     overrides = [f"models.{model}=models/{model}" for model in recipe.models]
     made = plan(load_recipe("example.yaml", overrides))
     assert name in {step.use for step in made.steps}

@@ -15,7 +15,7 @@ from torch import Tensor
 from mergekit_lite.methods import Method, all_methods, get
 from mergekit_lite.methods.spec import Block, keywords
 
-WHOLE_MODELS = ("structure", "alignment")  # carried out by the plan and the run
+WHOLE_MODELS = ("structure", "alignment", "vocabulary")  # carried out by the plan and the run
 # Settings of the parts that reach every branch of their arithmetic; a part that is not here is run with its defaults.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "linear": [{"weight": (0.3, -1.7, 1.0)}, {"weight": (0.3, 0.0, 2.0), "normalize": False}],

@@ -18,7 +18,7 @@ from mergekit_lite.methods.whole import apply, evaluate
 
 METHODS = [m for m in all_methods().values() if m.public]
 # Methods that read statistics beside the models are tried through the plan: test_method_statistics.py.
-WHOLE_MODELS = ("structure", "alignment")  # carried out by the plan and the run
+WHOLE_MODELS = ("structure", "alignment", "vocabulary")  # carried out by the plan and the run
 NUMERIC = [m for m in METHODS if m.reach not in WHOLE_MODELS and not any(p.kind == "reference" for p in m.params)]
 SHAPES = [(), (1,), (7,), (3, 4), (1, 5), (6, 1), (2, 3, 5), (0, 4)]
 
