@@ -10,6 +10,7 @@ from mergekit_lite.checkpoint.meta import MERGEABLE
 from mergekit_lite.errors import Mark, Problem
 from mergekit_lite.methods.registry import expand
 from mergekit_lite.methods.spec import Call, Method, Params, Slot, keywords
+from mergekit_lite.plan.factors import merged_factors
 from mergekit_lite.plan.graph import Builder, PoolConflict, Table
 from mergekit_lite.plan.model import Node
 from mergekit_lite.plan.settings import Unset, constant, resolve
@@ -75,6 +76,7 @@ def build_step(
     dtypes: dict[str, str] = {}
     same = constant(step, method)
     calls: dict[Any, Call | Slot] = {}
+    spaces = [source.table.space for source in sources]
 
     def zero(name: str, like: Node) -> Node:
         return builder.call(delta(Slot(0), Slot(1)), [like, like], ["zero"] * 2, step.name, name)
@@ -117,6 +119,10 @@ def build_step(
             if not statistics and method.without is not None:
                 call = method.without(*(Slot(i) for i in range(len(sources))), **keywords(_plain(method, params)))
             calls[use] = call
+        place = (step.name, name)
+        if (thin := merged_factors(builder, method, params, call, given, spaces, labels, place, add)) is not None:
+            nodes[name] = thin
+            continue
         given = [*given, *statistics]
         try:
             nodes[name] = builder.call(call, given, labels[: len(given)], step.name, name)
