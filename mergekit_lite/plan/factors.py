@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mergekit_lite.methods.delta import delta as difference
@@ -102,8 +102,28 @@ def _part(builder: Builder, packed: Node, start: int, size: tuple[int, ...], pla
     return builder.call(parting(size)(Slot(0), start=start, size=size), [packed], [""], *place)
 
 
-def summed_factors(node: Node, base: Node | None) -> tuple[list[Node], dict[str, tuple[object, ...]]] | None:
-    """The factors whose products' sum the delta `node` is, A_1, B_1, A_2, B_2, ..., with the settings that a method on
-    them takes; None where it is no such sum, or is 0."""
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """A delta as a sum of products: the nodes of the factors A_1, B_1, A_2, B_2, ..., and the settings that methods on
+    them take."""
+
+    nodes: list[Node]
+    settings: Mapping[str, object]
+
+    @property
+    def columns(self) -> int:
+        """How many columns all factors have together: the largest rank there can be."""
+        return columns([node.shape for node in self.nodes])
+
+
+def summed_factors(node: Node, base: Node | None = None) -> Summed | None:
+    """The delta `node`, or that of the weight `node` from `base`, as a sum of products; None where it is none, or 0."""
     terms = [(0, term) for term in factors_of(node, base) or ()]
-    return ([n for _, term in terms for n in (term.a, term.b)], _tuples(terms)) if terms else None
+    return Summed([n for _, t in terms for n in (t.a, t.b)], {**_tuples(terms), "models": 1}) if terms else None
+
+
+def unfolded(builder: Builder, node: Node, base: Node, place: tuple[str, str]) -> Node:
+    """The delta of a weight that is `base` with one product folded in."""
+    (term,) = factors_of(node, base) or ()
+    call = multiplying(term.turned)(Slot(0), Slot(1), scale=term.scale)
+    return builder.call(call, [term.a, term.b], ["", ""], *place)

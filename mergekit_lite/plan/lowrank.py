@@ -9,10 +9,19 @@ from mergekit_lite.checkpoint.adapter import PREFIX, WEIGHTS
 from mergekit_lite.checkpoint.meta import DTYPE_NAMES, MERGEABLE, Checkpoint
 from mergekit_lite.checkpoint.writer import encode_header
 from mergekit_lite.errors import Mark, Problem
-from mergekit_lite.methods.low_rank import FIGURES, factor_shapes, factoring, full_rank, measuring
+from mergekit_lite.methods.low_rank import (
+    FIGURES,
+    factor_shapes,
+    factoring,
+    factoring_factors,
+    full_rank,
+    measuring,
+    measuring_factors,
+)
 from mergekit_lite.methods.registry import all_methods
 from mergekit_lite.methods.spec import Slot
 from mergekit_lite.plan.adapter_config import adapter_config
+from mergekit_lite.plan.factors import summed_factors, unfolded
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.layout import SAVE_DTYPES, nbytes
 from mergekit_lite.plan.model import Node, Output, OutShard, OutTensor
@@ -88,6 +97,8 @@ def parts_of(
         node = changed[name]
         if table.space == "delta":
             return node
+        if summed_factors(node, base.nodes[name]) is not None:
+            return unfolded(builder, node, base.nodes[name], (step, name))
         alone = node.method is methods["add"] and dict(node.params)["weight"] == (1.0,)
         if alone and node.inputs[1] is base.nodes[name]:
             return node.inputs[0]  # which no sum with the base has rounded
@@ -153,11 +164,16 @@ def adapter_output(
     for name, node in parts.factors.items():
         module = name.removesuffix(".weight")
         dtype = _dtype(parts.dtypes[name], save.dtype)
-        rank = kept[module] = (ranks or {}).get(name) or most(lora.rank, node.shape)
+        rank = kept[module] = (ranks or {}).get(name) or most(lora.rank, node)
         transposed = module.rpartition(".")[2] in turned and len(node.shape) == 2
         any_turned = any_turned or transposed
-        settings = {"rank": rank, "svd": lora.svd, "transposed": transposed, "dtype": DTYPE_NAMES[dtype]}
-        factors = builder.call(factoring(rank)(Slot(0), **settings), [node], [step], step, name)
+        settings = {"rank": rank, "transposed": transposed, "dtype": DTYPE_NAMES[dtype]}
+        if (thin := summed_factors(node)) is not None:
+            slots = map(Slot, range(len(thin.nodes)))
+            call = factoring_factors(rank, node.shape)(*slots, **settings, **thin.settings)
+            factors = builder.call(call, thin.nodes, [step] * len(thin.nodes), step, name)
+        else:
+            factors = builder.call(factoring(rank)(Slot(0), **settings, svd=lora.svd), [node], [step], step, name)
         for part, shape in zip("AB", factor_shapes(node.shape, rank, transposed), strict=True):
             size = nbytes(Node(-1, shape, ""), dtype)
             rows.append((f"{PREFIX}{module}.lora_{part}.weight", dtype, shape, size))
@@ -192,16 +208,23 @@ def measured_output(builder: Builder, save: Save, step: str, parts: Parts, base:
     for name, node in parts.factors.items():
         kind = name.removesuffix(".weight").rpartition(".")[2]
         transposed = kind in turned and len(node.shape) == 2
-        settings = {"rank": most(lora.rank, node.shape), "energy": lora.energy, "svd": lora.svd}
-        call = measuring()(Slot(0), **settings, transposed=transposed)
-        found = builder.call(call, [node], [step], step, name)
+        settings = {"rank": most(lora.rank, node), "energy": lora.energy}
+        if (thin := summed_factors(node)) is not None:
+            call = measuring_factors()(*map(Slot, range(len(thin.nodes))), **settings, **thin.settings)
+            found = builder.call(call, thin.nodes, [step] * len(thin.nodes), step, name)
+        else:
+            call = measuring()(Slot(0), **settings, svd=lora.svd, transposed=transposed)
+            found = builder.call(call, [node], [step], step, name)
         tensors.append(OutTensor(name, (1,), "F32", found, 0, 4 * len(tensors), 4))
     return Output("ranks", step, (OutShard("ranks", b"", 4 * len(tensors), tuple(tensors)),), None, {}, base.donor)
 
 
-def most(rank: int | None, shape: tuple[int, ...]) -> int:
-    """The rank of factors for a change of this shape, where the save allows `rank` at most."""
-    return full_rank(shape) if rank is None else min(rank, full_rank(shape))
+def most(rank: int | None, node: Node) -> int:
+    """The rank of factors for a change, where the save allows `rank` at most: what is a sum of products of factors has
+    no more than these have columns."""
+    thin = summed_factors(node)
+    full = min(full_rank(node.shape), thin.columns if thin is not None else full_rank(node.shape))
+    return full if rank is None else min(rank, full)
 
 
 def _dtype(stored: str, dtype: str | None) -> str:
