@@ -101,7 +101,8 @@ def singular(pair: Pair) -> Triplets:
 def norm(pair: Pair) -> Tensor:
     """The Frobenius norm of a delta."""
     left, right = (torch.linalg.qr(x, mode="r").R for x in (pair.left, pair.right.T))
-    return torch.linalg.vector_norm(left @ right.T)
+    found: Tensor = torch.linalg.vector_norm(left @ right.T)
+    return found
 
 
 def columns(shapes: Sequence[Shape]) -> int:

@@ -48,8 +48,7 @@ def decomposed(x: Tensor, most: Sequence[int | None], energy: float | None = Non
         squares, vectors = _directions(_unfolded(x, axis))
         # Summed from the smallest up, so that shares near 1 keep their digits; by r: with r directions.
         beyond = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
-        limit = min(len(vectors), x.numel() // len(vectors))
-        rank = min(limit, limit if bound is None else bound)
+        rank = vectors.shape[1] if bound is None else min(vectors.shape[1], bound)
         if energy is not None:
             enough = (beyond <= (1 - energy) / x.ndim * beyond[0]).nonzero()
             rank = max(1, min(rank, int(enough[0])))
@@ -73,11 +72,15 @@ def _unfolded(x: Tensor, axis: int) -> Tensor:
 
 
 def _times(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
-    return torch.tensordot(matrix, x, dims=([1], [axis])).movedim(0, axis)
+    product: Tensor = torch.tensordot(matrix, x, dims=([1], [axis]))
+    return product.movedim(0, axis)
 
 
 def _directions(unfolding: Tensor) -> tuple[Tensor, Tensor]:
-    """The squared singular values, the largest first, and all left singular vectors."""
+    """The squared singular values, the largest first, and as many left singular vectors."""
+    if unfolding.shape[0] > unfolding.shape[1]:
+        u, s, _ = torch.linalg.svd(unfolding, full_matrices=False)
+        return s * s, u
     values, vectors = torch.linalg.eigh(unfolding @ unfolding.T)
     return values.flip(0).clamp(min=0), vectors.flip(1)
 

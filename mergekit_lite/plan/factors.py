@@ -15,6 +15,10 @@ from mergekit_lite.plan.graph import Builder, slots
 from mergekit_lite.plan.model import Node
 
 
+class NoFactors(Exception):
+    """A method that works on factors alone is given something else; the message ends where a tensor's name follows."""
+
+
 @dataclass(frozen=True, slots=True)
 class Factors:
     """A delta scale B A, or its transpose where `turned`, by the nodes of its factors."""
@@ -32,9 +36,9 @@ def factors_of(node: Node, base: Node | None) -> list[Factors] | None:
         return []
     method, inputs, params = node.method, node.inputs, dict(node.params)
     if method is multiplying(False) or method is multiplying(True):
-        return [Factors(*inputs, params["scale"], method is multiplying(True))]
+        return [Factors(inputs[0], inputs[1], params["scale"], method is multiplying(True))]
     if method is widening():
-        return [Factors(*inputs, 1.0, False)]
+        return [Factors(inputs[0], inputs[1], 1.0, False)]
     if method is folding() and inputs[0] is base and not params["dora"]:
         return [Factors(inputs[1], inputs[2], params["scale"], params["transposed"])]
     if method is difference and base is None and inputs[0] is inputs[1]:
@@ -75,6 +79,12 @@ def merged_factors(
     found = [factors_of(n, base if s == "weight" else None) for n, s in zip(given, spaces, strict=False)]
     terms = [(i, term) for i, terms in enumerate(found) for term in terms or ()]
     made = method.factored(params, shape)
+    if method.needs_factors is not None and method.needs_factors(params) and (terms or None in found):
+        ranks = {term.a.shape[0] for _, term in terms}
+        if None in found or any(len(terms or ()) > 1 for terms in found):
+            raise NoFactors(f"`{method.name}` with these settings needs inputs that are LoRA adapters; they are not in")
+        if len(ranks) > 1:
+            raise NoFactors(f"`{method.name}` with these settings needs adapters of one rank; they have others in")
     if made is None or not terms or None in found:
         return None
     merge, settings = made
@@ -124,6 +134,8 @@ def summed_factors(node: Node, base: Node | None = None) -> Summed | None:
 
 def unfolded(builder: Builder, node: Node, base: Node, place: tuple[str, str]) -> Node:
     """The delta of a weight that is `base` with one product folded in."""
-    (term,) = factors_of(node, base) or ()
+    terms = factors_of(node, base)
+    assert terms is not None
+    (term,) = terms
     call = multiplying(term.turned)(Slot(0), Slot(1), scale=term.scale)
     return builder.call(call, [term.a, term.b], ["", ""], *place)
