@@ -72,9 +72,12 @@ def combine_factors(
     factors = [weight[i] * s for i, s in zip(model, scale, strict=True)]
     roots = [math.sqrt(abs(f)) for f in factors]
     signed = [math.copysign(root, f) for root, f in zip(roots, factors, strict=True)]
+    # The sign goes with A, which is the left factor where the product is turned round.
+    lefts = [s if turn else r for s, r, turn in zip(signed, roots, turned, strict=True)]
+    rights = [r if turn else s for s, r, turn in zip(signed, roots, turned, strict=True)]
     how = (combination, density, majority)
-    left = combined([p.left for p in pairs], roots, *how, derive_key(block.key, "left"))
-    right = combined([p.right for p in pairs], signed, *how, derive_key(block.key, "right"))
+    left = combined([p.left for p in pairs], lefts, *how, derive_key(block.key, "left"))
+    right = combined([p.right for p in pairs], rights, *how, derive_key(block.key, "right"))
     if left.shape[1] > most:  # a rank above the number of rows
         left, right = torch.eye(len(left), dtype=left.dtype, device=left.device), left @ right
     return packed(left, right, most, xs[0].dtype)

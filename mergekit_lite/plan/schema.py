@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergekit_lite.methods.spec import Method, Param
-from mergekit_lite.recipe.lora import SVDS
+from mergekit_lite.recipe.lora import FORMS, SVDS
 from mergekit_lite.recipe.push import BRANCH, MOST_MESSAGE
 from mergekit_lite.recipe.read import COMPUTE, NAME
 from mergekit_lite.recipe.save import DTYPES, SHORT_DTYPES, UNITS
@@ -250,7 +250,7 @@ def _save() -> Schema:
                 "anyOf": [TEXT, {"type": "null"}],
                 "description": f"{', '.join(TEMPLATES)}, a model, or a template's text.",
             },
-            "as": {"const": "lora", "description": "Save an adapter of `base`, as peft loads it, not a model."},
+            "as": {"enum": list(FORMS), "description": "Save an adapter of `base`, as peft loads it, not a model."},
             "base": {**REFERENCE, "description": "The model that the adapter is for."},
             "rank": {
                 "type": "integer",
