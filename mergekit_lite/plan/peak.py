@@ -40,6 +40,8 @@ MATRIX: Mapping[str, tuple[float, float, float]] = {
     "star": (5.0, 1.0, 0.0),
     "svc": (7.0, 0.5, 0.0),
     "to_shared": (6.0, 0.0, 0.0),
+    "lokr_parts": (8.0, 0.0, 0.0),
+    "lokr_rank": (7.0, 0.0, 0.0),
     "part": (0.0, 0.0, 0.0),
     "scaled_groups": (1.0, 0.0, 0.0),
     "tsv_m": (3.0, 3.0, 0.0),
