@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from typing import Any
 from mergekit_lite.checkpoint.header import read_header
 from mergekit_lite.checkpoint.hub import fetch, is_hub_id
 from mergekit_lite.checkpoint.inside import inside, parse_object, read_bytes
-from mergekit_lite.checkpoint.lycoris import KEY, PARTS, config_faults, product
+from mergekit_lite.checkpoint.lycoris import KINDS, config_faults, product
+from mergekit_lite.checkpoint.lycoris import key as named
 from mergekit_lite.checkpoint.meta import Adapter, Checkpoint, LowRank, Product, ShardFile, TensorMeta
+from mergekit_lite.checkpoint.patterns import MOST_STEPS, Numbers, is_number, simple, steps
 from mergekit_lite.checkpoint.pickled import read_pickled
 from mergekit_lite.errors import InputError, Mark, Problem
 
@@ -31,6 +33,7 @@ _MAX_CONFIG_BYTES = 16 * 2**20
 PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|lora_B\.bias)")
 _FOLD = "fold it in with peft: `merge_and_unload()`, then `save_pretrained(...)`, and name that folder as the model"
+_KEEP = "save those tensors of the state dict alone whose names hold `flora_layer.param_`"
 _PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "ADAPTION_PROMPT", "CPT")
 _PROMPT = "it adds to the model's input, not to its weights: merge the base, and load this adapter on the result"
 # What changes the meaning of the factors, or what they are applied to.
@@ -45,8 +48,6 @@ _UNREAD: Mapping[str, str] = {
     "kasa_config": "uses KaSA, which changes the base's weights when it is loaded",
     "monteclora_config": "uses MonteCLoRA, which draws its weights at random",
 }
-# Of matching patterns; those of a large model's adapter with a pattern for each module take a tenth of it.
-_MOST_STEPS = 10**9
 # Where one of these stands in the configuration, peft changes the base's weights before it adds the adapter.
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "kasa")
 
@@ -150,9 +151,9 @@ def _config(path: Path) -> tuple[dict[str, Any], ShardFile]:
 def _unreadable(location: str, config: Mapping[str, Any]) -> list[Problem]:
     """What in the configuration cannot be carried out, or is no configuration of peft's."""
     kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind not in ("LORA", *PARTS):
+    if not isinstance(kind, str) or kind not in KINDS:
         shown = f"of the type {kind}" if isinstance(kind, str) else f"without a `peft_type` in its {CONFIG}"
-        message = f"the adapter `{location}` is {shown}; what is read is LORA (with DoRA), LOHA, LOKR and IA3"
+        message = f"the adapter `{location}` is {shown}; what is read is LORA (with DoRA), LOHA, LOKR, IA3 and FLORA"
         return [Problem(message, None, _PROMPT if kind in _PROMPTS else _FOLD)]
     problems = [
         Problem(f"the adapter `{location}` {what}, which is not supported", None, _FOLD)
@@ -167,34 +168,17 @@ def _unreadable(location: str, config: Mapping[str, Any]) -> list[Problem]:
     flags = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "ensure_weight_tying")
     faults = [f"`{key}` is true or false" for key in flags if not isinstance(config.get(key, False), bool | None)]
     if kind != "LORA":
-        faults += config_faults(kind, config, _is_number)
-    elif not _is_number(config.get("lora_alpha")):
+        faults += config_faults(kind, config)
+    elif not is_number(config.get("lora_alpha")):
         faults.append("`lora_alpha` is a number")
     for name in ("alpha_pattern", "rank_pattern") if kind == "LOKR" else ("alpha_pattern",):
         patterns = config.get(name) or {}
-        if not isinstance(patterns, dict) or not all(map(_is_number, patterns.values())):
+        if not isinstance(patterns, dict) or not all(map(is_number, patterns.values())):
             faults.append(f"`{name}` maps names to numbers")
         else:
-            faults += [f"`{key[:200]}` in `{name}` is no simple pattern" for key in patterns if not _simple(key)]
+            faults += [f"`{key[:200]}` in `{name}` is no simple pattern" for key in patterns if not simple(key)]
     hint = f"correct {CONFIG}, or {_FOLD}"
     return problems + [Problem(f"the {CONFIG} of `{location}` is wrong: {fault}", None, hint) for fault in faults]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _simple(pattern: str) -> bool:
-    """Whether a regular expression is sure to be matched in little time: at most one group, which is not repeated, and
-    few repetitions. peft's own patterns are names of modules."""
-    repeats = sum(pattern.count(sign) for sign in "*+?{")
-    if len(pattern) > 1000 or pattern.count("(") > 1 or repeats > 2 or re.search(r"\)[*+?{]|\(\?|\\\d", pattern):
-        return False
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
 
 
 def _modules(
@@ -206,35 +190,36 @@ def _modules(
     whole: dict[str, TensorMeta] = {}
     unknown: list[str] = []
     kind = config["peft_type"]
+    form = _KEY if kind == "LORA" else named(kind)
     for key, meta in metas.items():
         # peft wrote `lora_magnitude_vector.weight` for a while.
         name = key.removeprefix(PREFIX).replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
-        match = (_KEY if kind == "LORA" else KEY).fullmatch(name)
+        match = form.fullmatch(name)
         if match is not None:
             parts.setdefault(match["module"], {})[match["part"]] = meta
-        elif re.search(r"lora_|hada_|lokr_|ia3_", name) or not key.startswith(PREFIX):
+        elif re.search(r"lora_|hada_|lokr_|ia3_|flora_layer", name) or not key.startswith(PREFIX):
             unknown.append(key)
         else:
             # A layer that is adapted and saved whole stands inside its wrapper.
             whole[name.replace(".base_layer.", ".")] = meta
     problems = []
     if unknown:
-        shown = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr", "IA3": "(IA)^3"}[kind]
+        shown = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr", "IA3": "(IA)^3", "FLORA": "FLoRA"}[kind]
         message = f"the adapter `{location}` holds {len(unknown)} tensors that are no part of {shown}: {_few(unknown)}"
-        problems.append(Problem(message, None, _FOLD))
+        problems.append(Problem(message, None, _KEEP if kind == "FLORA" else _FOLD))
     if not metas:
         problems.append(Problem(f"the adapter `{location}` holds no tensors", None, "download it again"))
-    if _steps(parts, config) > _MOST_STEPS:
+    if steps(parts, config) > MOST_STEPS:
         message = f"the adapter `{location}` has too many patterns in `alpha_pattern`, or too long names of modules"
         raise InputError(message, hint=_FOLD)
-    number = _Numbers(config)
+    number = Numbers(config)
     low_rank: dict[str, LowRank] = {}
     products: dict[str, Product] = {}
     alone: list[str] = []
     for module, found in parts.items():
         if kind == "LORA" and (low := _low_rank(module, found, config, number)) is not None:
             low_rank[module] = low
-        elif kind != "LORA" and (made := product(kind, module, found, number)) is not None:
+        elif kind != "LORA" and (made := product(config, module, found, number)) is not None:
             products[module] = made
         else:
             alone += [meta.name for meta in found.values()]
@@ -247,20 +232,8 @@ def _modules(
     return low_rank, products, whole
 
 
-def _steps(modules: Iterable[str], config: Mapping[str, Any]) -> int:
-    """How many steps it takes at most to match all patterns with all modules: each from all starts in a name, and once
-    more along the name for each repetition."""
-    by_repeats = [0, 0, 0]
-    for name in modules:
-        for repeats in range(3):
-            by_repeats[repeats] += (1 + name.count(".")) * len(name) ** repeats
-    used = ("alpha_pattern", "rank_pattern") if config["peft_type"] == "LOKR" else ("alpha_pattern",)
-    patterns = [pattern for name in used for pattern in config.get(name) or {}]
-    return sum(by_repeats[sum(map(pattern.count, "*+?{"))] for pattern in patterns)
-
-
 def _low_rank(
-    module: str, found: Mapping[str, TensorMeta], config: Mapping[str, Any], number: _Numbers
+    module: str, found: Mapping[str, TensorMeta], config: Mapping[str, Any], number: Numbers
 ) -> LowRank | None:
     """What is added to one module; None where parts of it are missing or do not go together."""
     embedding = "lora_embedding_A" in found
@@ -273,26 +246,6 @@ def _low_rank(
     alpha = number(module, "alpha_pattern", "lora_alpha")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") is True else rank) if rank else 0.0
     return LowRank(found[a], found[b], float(scale), embedding, magnitude, bias)
-
-
-class _Numbers:
-    """The numbers of a configuration that patterns change for some modules."""
-
-    def __init__(self, config: Mapping[str, Any]):
-        self._config = config
-        self._patterns: dict[str, list[tuple[re.Pattern[str], float]]] = {}
-
-    def __call__(self, module: str, patterns: str, otherwise: str) -> float:
-        """That of the first pattern that is the module's name or the end of it, as peft finds it, or the one that holds
-        for all modules."""
-        if patterns not in self._patterns:
-            given = (self._config.get(patterns) or {}).items()
-            self._patterns[patterns] = [(re.compile(key), float(value)) for key, value in given]
-        starts = [0, *(match.end() for match in re.finditer(r"\.", module))]
-        for pattern, value in self._patterns[patterns]:
-            if any(pattern.fullmatch(module, start) for start in starts):
-                return value
-        return float(self._config[otherwise])
 
 
 def _few(names: list[str]) -> str:

@@ -187,17 +187,20 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """What an adapter of the kind `LOHA`, `LOKR` or `IA3` does to one weight: `parts` are its tensors by the names that
-    peft gives them, `scale` the factor of what is added."""
+    """What an adapter of the kind `LOHA`, `LOKR`, `IA3` or `FLORA` does to one weight: `parts` are its tensors by the
+    names that peft gives them, or for FLoRA the published layers, `scale` the factor of what is added. `feedforward`
+    tells that (IA)^3 scales inputs, as far as the configuration says."""
 
     kind: str
     parts: Mapping[str, TensorMeta]
     scale: float
+    feedforward: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter seen through its configuration and its header. `kind` is peft's: `LORA`, `LOHA`, `LOKR`, `IA3`.
+    """An adapter seen through its configuration and its header. `kind` is peft's, `LORA`, `LOHA`, `LOKR`, `IA3`, or
+    `FLORA`.
 
     `low_rank` has an entry for each module that LoRA adapts, by the module's name, `products` one for each that another
     kind adapts; `whole` are tensors that take the place of the base's, by name. `files` are the weights and the

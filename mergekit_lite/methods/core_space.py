@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mergekit_lite.lazy import Tensor
+from mergekit_lite.lazy import Tensor, torch
+from mergekit_lite.methods.factored import (
+    all_finite,
+    left_directions,
+    merging,
+    packed,
+    packed_rank,
+    packed_shape,
+    pairs_of,
+)
 from mergekit_lite.methods.iso_c import flatten_spectrum
-from mergekit_lite.methods.knots import DENSITY, ENTRIES, check_rank, merge_entries
+from mergekit_lite.methods.knots import DENSITY, ENTRIES, LAMBDA, check_rank, merge_entries
 from mergekit_lite.methods.random import derive_key
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.shared_space import MIN_SINGULAR, RANK, directions
-from mergekit_lite.methods.spec import Block, Param
+from mergekit_lite.methods.spec import Block, Method, Param, Params
 from mergekit_lite.methods.spectral import SVD, mean, on_matrices, wide
 from mergekit_lite.methods.tsv_m import merge_singular_vectors
+
+_MERGE = Param("merge", "choice", "tsv_m", "how the cores are merged", choices=("tsv_m", "iso_c", *ENTRIES))
 
 
 def _merged(
@@ -21,22 +32,58 @@ def _merged(
     left = directions(deltas, rank, svd, derive_key(key, "left"), min_singular)
     right = directions([d.T for d in deltas], rank, svd, derive_key(key, "right"), min_singular)
     cores = [left.T @ wide(d) @ right for d in deltas]
-    if merge == "tsv_m":
-        core = merge_singular_vectors(cores, None, "exact", key)
-    elif merge == "iso_c":
-        core = flatten_spectrum(cores, 1.0, "exact", key)
-    else:
-        core = merge_entries(cores, merge, density, key)
-    merged: Tensor = left @ core @ right.T
+    merged: Tensor = left @ _merge_cores(cores, merge, density, key) @ right.T
     return merged
 
 
+def _merge_cores(cores: Sequence[Tensor], merge: str, density: float, key: int) -> Tensor:
+    if merge == "tsv_m":
+        return merge_singular_vectors(cores, None, "exact", key)
+    if merge == "iso_c":
+        return flatten_spectrum(cores, 1.0, "exact", key)
+    return merge_entries(cores, merge, density, key)
+
+
+def core_factors(
+    xs: Sequence[Tensor],
+    scale: Sequence[float],
+    turned: Sequence[bool],
+    model: Sequence[int],
+    models: int,
+    merge: str,
+    density: float,
+    rank: int | None,
+    min_singular: float,
+    lambda_: float,
+    block: Block,
+) -> Tensor:
+    """`core_space` of deltas by their factors A_1, B_1, A_2, B_2, ..., as `factored.packed` gives it: the factors
+    lambda U and merge(M_1 ... M_T) V^T."""
+    pairs = pairs_of(xs, scale, turned, model, models)
+    shape = (len(pairs[0].left), pairs[0].right.shape[1])
+    most = packed_rank(shape, sum(p.left.shape[1] for p in pairs))
+    if not all_finite(xs):
+        return xs[0].new_full(packed_shape(shape, most), torch.nan)
+    counts = [side if rank is None else rank * len(pairs) for side in shape]
+    left, inside = left_directions(pairs, counts[0], min_singular)
+    right, across = left_directions([pair.turned for pair in pairs], counts[1], min_singular)
+    if not left.shape[1]:
+        return xs[0].new_zeros(packed_shape(shape, most))
+    cores = [one @ other.T for one, other in zip(inside, across, strict=True)]
+    return packed(lambda_ * left, _merge_cores(cores, merge, density, block.key) @ right.T, most, xs[0].dtype)
+
+
+def _factored(params: Params, shape: tuple[int, ...]) -> tuple[Method, Params] | None:
+    kept = (_MERGE, DENSITY, RANK, MIN_SINGULAR, LAMBDA)
+    return merging(core_factors, "core_space", shape, *kept), {param.name: params[param.name] for param in kept}
+
+
 @method(
-    Param("merge", "choice", "tsv_m", "how the cores are merged", choices=("tsv_m", "iso_c", *ENTRIES)),
+    _MERGE,
     DENSITY,
     RANK,
     MIN_SINGULAR,
-    Param("lambda", "number", 1.0, "factor of the merged delta"),
+    LAMBDA,
     SVD,
     takes="delta",
     gives="delta",
@@ -44,6 +91,7 @@ def _merged(
     reach="matrix",
     positioned=True,
     check=check_rank,
+    factored=_factored,
     paper="Core Space, NeurIPS 2025, arXiv 2509.17786",
 )
 def core_space(
@@ -69,11 +117,12 @@ def core_space(
     of the core, fewer and so larger; the others depend on the directions.
 
     Takes one or more deltas of one shape and gives that shape, in the dtype of the arithmetic; in double precision
-    throughout. It works on whole deltas, not on the factors of an adapter: fold adapters into their base first. The
-    published code takes the directions from the stacked factors A_t and B_t: the same spaces, other axes in them, so
-    entry-wise merges differ. The rank is found with `min_singular`; where rounding to a stored dtype has blurred it,
-    give `rank`. Tensors of three or more axes count as matrices (first axis, the rest); vectors, scalars and matrices
-    with a side of 1 are averaged, times lambda.
+    throughout. Where all inputs are LoRA adapters of the base, or deltas of adapters, U and V come from QR
+    decompositions of their factors side by side, and nothing of the tensor's size is made before the sum with the base;
+    `svd` has no meaning then. The published code takes the directions from the stacked factors A_t and B_t as they are:
+    the same spaces, other axes in them, so entry-wise merges differ. The rank is found with `min_singular`; where
+    rounding to a stored dtype has blurred it, give `rank`. Tensors of three or more axes count as matrices (first axis,
+    the rest); vectors, scalars and matrices with a side of 1 are averaged, times lambda.
 
     Source: Panariello et al., Accurate and Efficient Low-Rank Model Merging in Core Space, NeurIPS 2025, arXiv
     2509.17786.

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mergekit_lite.lazy import Tensor
+from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.elect import elect
+from mergekit_lite.methods.factored import (
+    all_finite,
+    left_directions,
+    merging,
+    packed,
+    packed_rank,
+    packed_shape,
+    pairs_of,
+)
 from mergekit_lite.methods.linear import linear, weighted_sum
 from mergekit_lite.methods.random import derive_key
 from mergekit_lite.methods.registry import method
@@ -20,11 +29,12 @@ from mergekit_lite.methods.shared_space import (
     trim_shared,
 )
 from mergekit_lite.methods.sparsify import sparsify
-from mergekit_lite.methods.spec import Block, Call, Param, Params, Slot
+from mergekit_lite.methods.spec import Block, Call, Method, Param, Params, Slot
 from mergekit_lite.methods.spectral import SVD, mean, on_matrices, wide
 
 ENTRIES = ("ties", "dare_ties", "dare_linear", "linear")
 SCOPES = ("tensor", "global")
+LAMBDA = Param("lambda", "number", 1.0, "factor of the merged delta")
 MERGE = Param("merge", "choice", "ties", "how the aligned blocks are merged", choices=ENTRIES)
 DENSITY = Param(
     "density", "number", 0.2, "share of the entries that is kept: the largest ones, by `dare` random ones", 0, 1, True
@@ -72,6 +82,41 @@ def _merged(
     return merged
 
 
+def merge_factors(
+    xs: Sequence[Tensor],
+    scale: Sequence[float],
+    turned: Sequence[bool],
+    model: Sequence[int],
+    models: int,
+    merge: str,
+    density: float,
+    rank: int | None,
+    min_singular: float,
+    lambda_: float,
+    block: Block,
+) -> Tensor:
+    """`merge_in_shared` of deltas by their factors A_1, B_1, A_2, B_2, ..., times lambda, as `factored.packed` gives
+    it: the factors U and merge(B_1 ... B_T)."""
+    pairs = pairs_of(xs, scale, turned, model, models)
+    shape = (len(pairs[0].left), pairs[0].right.shape[1])
+    most = packed_rank(shape, sum(p.left.shape[1] for p in pairs))
+    if not all_finite(xs):
+        return xs[0].new_full(packed_shape(shape, most), torch.nan)
+    count = shape[0] if rank is None else rank * len(pairs)
+    basis, inside = left_directions(pairs, count, min_singular)
+    blocks = [core @ pair.right for core, pair in zip(inside, pairs, strict=True)]
+    merged = merge_entries(blocks, merge, density, block.key) if basis.shape[1] else blocks[0]
+    return packed(lambda_ * basis, merged, most, xs[0].dtype)
+
+
+def _factored(params: Params, shape: tuple[int, ...]) -> tuple[Method, Params] | None:
+    if params["scope"] != "tensor":
+        return None
+    kept = (MERGE, DENSITY, RANK, MIN_SINGULAR, LAMBDA)
+    found = merging(merge_factors, "merge_in_shared", shape, *kept)
+    return found, {param.name: params[param.name] for param in kept}
+
+
 @method(
     MERGE,
     DENSITY,
@@ -106,13 +151,14 @@ def _check(params: Params, inputs: int) -> str | None:
     Param("scope", "choice", "tensor", "where magnitudes are ranked and drawn votes decided", choices=SCOPES),
     RANK,
     MIN_SINGULAR,
-    Param("lambda", "number", 1.0, "factor of the merged delta"),
+    LAMBDA,
     SVD,
     takes="delta",
     gives="delta",
     base="required",
     composite=True,
     check=_check,
+    factored=_factored,
     paper=PAPER,
 )
 def knots(
@@ -141,10 +187,12 @@ def knots(
     its four to seven passes, so it takes as many times as long.
 
     Takes one or more deltas of one shape and gives that shape, in the dtype of the arithmetic; U is found in double
-    precision from sum_t D_t D_t^T. It works on whole deltas, not on the factors of an adapter: fold adapters into their
-    base first. U has the directions above `min_singular`; where rounding to a stored dtype has blurred the rank, give
-    `rank`. Deltas of full rank are merged too, but gain little. Tensors of three or more axes count as matrices (first
-    axis, the rest); vectors, scalars and matrices with a side of 1 are averaged, times lambda.
+    precision from sum_t D_t D_t^T. Where all inputs are LoRA adapters of the base, or deltas of such, and `scope` is
+    `tensor`, their factors take the place of whole deltas: U comes from a QR decomposition of the factors side by side,
+    the merged delta is a product of two factors too, and nothing of the tensor's size is made before the sum with the
+    base; `svd` has no meaning then. U has the directions above `min_singular`; where rounding to a stored dtype has
+    blurred the rank, give `rank`. Deltas of full rank are merged too, but gain little. Tensors of three or more axes
+    count as matrices (first axis, the rest); vectors, scalars and matrices with a side of 1 are averaged, times lambda.
 
     The published code takes 1e-5 as an absolute bound of singular values, here it is relative; and of density n entries
     it keeps one more, with all that equal it.

@@ -7,6 +7,18 @@ import math
 from collections.abc import Callable, Sequence
 
 from mergekit_lite.lazy import Tensor, torch
+from mergekit_lite.methods.factored import (
+    MODEL,
+    MODELS,
+    SCALE,
+    TURNED,
+    Pair,
+    all_finite,
+    norm,
+    pairs_of,
+    singular,
+    sum_of,
+)
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.spec import REQUIRED, Block, Method, Param
 from mergekit_lite.methods.spectral import SVD, Triplets, triplets, wide
@@ -47,17 +59,47 @@ def low_rank(xs: Sequence[Tensor], rank: int, svd: str, transposed: bool, dtype:
         (size,) = _shape(rank)([tuple(delta.shape)])
         return torch.full((size,), torch.nan, dtype=delta.dtype, device=delta.device)
     matrix, found = _found(delta, rank, svd, transposed, block.key)
-    kept = len(found.s)
-    b = matrix.new_zeros(matrix.shape[0], rank)
-    a = matrix.new_zeros(rank, matrix.shape[1])
-    b[:, :kept] = found.u * found.s.sqrt()
-    a[:kept] = (found.v * found.s.sqrt()).T
-    stored = getattr(torch, dtype)
-    a, b = a.to(delta.dtype).to(stored), b.to(delta.dtype).to(stored)
+    a, b = _halves(found, rank, delta.dtype, dtype)
     left = torch.linalg.vector_norm(matrix - wide(b) @ wide(a))
-    whole = torch.linalg.vector_norm(matrix)
-    parts = [a.reshape(-1), b.reshape(-1), torch.stack([whole, left])]
-    return torch.cat([part.to(delta.dtype) for part in parts])
+    return _told(a, b, torch.linalg.vector_norm(matrix), left, delta.dtype)
+
+
+def _halves(found: Triplets, rank: int, compute: torch.dtype, dtype: str) -> tuple[Tensor, Tensor]:
+    """A and B as they are stored, with zeros for what there is not of the rank."""
+    kept = min(rank, len(found.s))
+    root = found.s[:kept].sqrt()
+    b = found.u.new_zeros(len(found.u), rank)
+    a = found.v.new_zeros(rank, len(found.v))
+    b[:, :kept] = found.u[:, :kept] * root
+    a[:kept] = (found.v[:, :kept] * root).T
+    stored = getattr(torch, dtype)
+    return a.to(compute).to(stored), b.to(compute).to(stored)
+
+
+def _told(a: Tensor, b: Tensor, whole: Tensor, left: Tensor, compute: torch.dtype) -> Tensor:
+    return torch.cat([part.to(compute) for part in (a.reshape(-1), b.reshape(-1), torch.stack([whole, left]))])
+
+
+def low_rank_of_factors(
+    xs: Sequence[Tensor],
+    scale: Sequence[float],
+    turned: Sequence[bool],
+    model: Sequence[int],
+    models: int,
+    rank: int,
+    transposed: bool,
+    dtype: str,
+) -> Tensor:
+    """`low_rank` of a delta that is a sum of products, from its factors A_1, B_1, A_2, B_2, ... alone: of `models`
+    deltas, which is 1."""
+    (delta,) = pairs_of(xs, scale, turned, model, models)
+    if not all_finite(xs):
+        return xs[0].new_full((rank * (len(delta.left) + delta.right.shape[1]) + FIGURES,), torch.nan)
+    delta = delta.turned if transposed else delta
+    found = singular(delta)
+    a, b = _halves(found, rank, xs[0].dtype, dtype)
+    left = norm(sum_of([delta, Pair(-wide(b), wide(a))]))
+    return _told(a, b, torch.linalg.vector_norm(found.s), left, xs[0].dtype)
 
 
 def needed(xs: Sequence[Tensor], rank: int, energy: float, svd: str, transposed: bool, block: Block) -> Tensor:
@@ -67,14 +109,37 @@ def needed(xs: Sequence[Tensor], rank: int, energy: float, svd: str, transposed:
     if not bool(delta.isfinite().all()):
         return delta.new_full((1,), rank)
     matrix, found = _found(delta, rank, svd, transposed, block.key)
-    # What is left, summed from the smallest up: 1 - share would lose the digits that a share near 1 is about.
     squares = found.s * found.s
     whole = float((matrix * matrix).sum())
     beyond = 0.0 if len(squares) == full_rank(tuple(delta.shape)) else max(0.0, whole - float(squares.sum()))
+    return delta.new_full((1,), _least(squares, beyond, whole, rank, energy))
+
+
+def _least(squares: Tensor, beyond: float, whole: float, rank: int, energy: float) -> int:
+    """The least rank, up to `rank`, that leaves a share of at most 1 - `energy` of `whole`; `beyond` is left whatever
+    the rank is."""
+    # What is left, summed from the smallest up: 1 - share would lose the digits that a share near 1 is about.
     left = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)]) + beyond  # by i: with i triplets
     enough = (left <= (1 - energy) * whole).nonzero()
     count = int(enough[0]) if len(enough) else rank
-    return delta.new_full((1,), max(1, min(count, rank)))
+    return max(1, min(count, rank))
+
+
+def needed_of_factors(
+    xs: Sequence[Tensor],
+    scale: Sequence[float],
+    turned: Sequence[bool],
+    model: Sequence[int],
+    models: int,
+    rank: int,
+    energy: float,
+) -> Tensor:
+    """`needed` of a delta that is a sum of products, from its factors."""
+    (delta,) = pairs_of(xs, scale, turned, model, models)
+    if not all_finite(xs):
+        return xs[0].new_full((1,), rank)
+    squares = singular(delta).s ** 2
+    return xs[0].new_full((1,), _least(squares, 0.0, float(squares.sum()), rank, energy))
 
 
 def _shape(rank: int) -> Callable[[Sequence[tuple[int, ...]]], tuple[int, ...]]:
@@ -97,6 +162,42 @@ def factoring(rank: int) -> Method:
         figures=FIGURES,
         public=False,
     )(low_rank)
+
+
+@functools.cache
+def factoring_factors(rank: int, delta: Shape) -> Method:
+    """`low_rank_of_factors` as a method of the plan for factors of one rank, of deltas of one shape."""
+    return method(
+        SCALE,
+        TURNED,
+        MODEL,
+        MODELS,
+        Param("rank", "integer", rank, "columns of B and rows of A", 1),
+        _TRANSPOSED,
+        Param("dtype", "choice", REQUIRED, "of the stored factors", choices=()),
+        takes="delta",
+        reach="matrix",
+        shape=lambda shapes: _shape(rank)([delta]),
+        figures=FIGURES,
+        public=False,
+    )(low_rank_of_factors)
+
+
+@functools.cache
+def measuring_factors() -> Method:
+    """`needed_of_factors` as a method of the plan."""
+    return method(
+        SCALE,
+        TURNED,
+        MODEL,
+        MODELS,
+        Param("rank", "integer", REQUIRED, "the largest rank to give", 1),
+        Param("energy", "number", REQUIRED, "the share of the squared norm to keep", 0, 1, open_low=True),
+        takes="delta",
+        reach="matrix",
+        shape=lambda shapes: (1,),
+        public=False,
+    )(needed_of_factors)
 
 
 @functools.cache

@@ -54,12 +54,34 @@ def _half(found: Mapping[str, Tensor], name: str, core: str) -> Tensor:
 def scaled(xs: Sequence[Tensor], axis: int) -> Tensor:
     """The base's weight, or bias, with (IA)^3 folded in: each row (`axis` 0) or column (1) times its number.
 
-    `xs` are rows of the weight, and the numbers of these rows or of all columns.
+    `xs` are rows of the weight, and the numbers of these rows or of all columns. A column of a convolution is a kernel,
+    whose numbers lie side by side.
 
     Source: Liu et al., Few-Shot Parameter-Efficient Fine-Tuning, NeurIPS 2022, arXiv 2205.05638.
     """
     rows, numbers = xs
-    return rows * (numbers.reshape(-1, 1) if axis == 0 else numbers.reshape(1, -1))
+    if axis == 0:
+        return rows * numbers.reshape(-1, 1)
+    along = numbers.reshape(1, -1)
+    return rows * along.repeat_interleave(rows.shape[1] // along.shape[1], dim=1)
+
+
+def scaled_groups(xs: Sequence[Tensor]) -> Tensor:
+    """The weight of a convolution in groups with (IA)^3 of its inputs folded in.
+
+    `xs` are the whole weight (out x in / groups, and a kernel) and a number for each of the inputs, group by group.
+    """
+    weight, numbers = xs
+    of_groups = numbers.reshape(-1, 1, weight.shape[1], 1)
+    return (weight.reshape(len(of_groups), -1, weight.shape[1], weight[0, 0].numel()) * of_groups).view(weight.shape)
+
+
+@functools.cache
+def grouped() -> Method:
+    """`scaled_groups` as a method of the plan."""
+    return method(inputs=(2, 2), reach="matrix", public=False, paper="(IA)^3, NeurIPS 2022, arXiv 2205.05638")(
+        scaled_groups
+    )
 
 
 def _beside(params: Params) -> tuple[Beside, ...]:

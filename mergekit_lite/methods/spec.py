@@ -176,6 +176,10 @@ class Method:
     `shape` and `new_zeros`: where no other kind takes part in a merge, NumPy may do these and torch is not imported.
     Blocks of the result begin at a multiple of `grain` elements.
     The last `figures` numbers of a result are told at the end of the run, and not stored.
+    `factored(params, shape)` gives the method that merges deltas of `shape` by the factors A_1, B_1, A_2, B_2, ... of
+    adapters, with its settings but `scale` and `turned`, or None where whole deltas are needed; its result is what
+    `factored.packed` makes. `needs_factors(params)` tells that nothing else will do. `keyed` names the method whose
+    random numbers this one draws, where that is another.
     `check(params, inputs)` gives what is wrong with a combination of settings, `remark` what deserves a warning; both
     give None where all is well, and `inputs` counts what stands in `of`.
     """
@@ -209,6 +213,9 @@ class Method:
     beside: Callable[[Params], tuple[Beside, ...]] | None = None
     figures: int = 0
     grain: int = 1
+    factored: Callable[[Params, tuple[int, ...]], tuple[Method, Params] | None] | None = None
+    needs_factors: Callable[[Params], bool] | None = None
+    keyed: str = ""
     public: bool = True
     doc: str = ""
     module: str = ""

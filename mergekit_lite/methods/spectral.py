@@ -95,7 +95,7 @@ def triplets(x: Tensor, count: int, svd: str, key: int, floor: float | None = No
         floor = NEGLIGIBLE * float(s[0])
     kept = min(count, int((s > floor).sum()))
     u, s, v = u[:, :kept], s[:kept], v[:, :kept]
-    signs = _leading_signs(u)
+    signs = leading_signs(u)
     return Triplets(u * signs, s, v * signs)
 
 
@@ -115,7 +115,7 @@ def left_basis(blocks: Sequence[Tensor], count: int, svd: str, key: int, least: 
         # Small singular values leave their vectors less than orthogonal.
         u, r = torch.linalg.qr(joined @ (vectors.flip(1)[:, :kept] / s[:kept]))
         u = u * r.diagonal().sign()
-        return u * _leading_signs(u), s[:kept]
+        return u * leading_signs(u), s[:kept]
     if svd == "randomised" and count + OVERSAMPLE < rows:
         q = _signs(rows, count + OVERSAMPLE, key, blocks[0].device)
         for _ in range(POWER + 1):
@@ -128,7 +128,7 @@ def left_basis(blocks: Sequence[Tensor], count: int, svd: str, key: int, least: 
     s = values.flip(0).clamp_(min=0).sqrt_()
     kept = min(count, int((s > least * s[0]).sum()))
     u = vectors.flip(1)[:, :kept]
-    return u * _leading_signs(u), s[:kept]
+    return u * leading_signs(u), s[:kept]
 
 
 def polar(x: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def _signs(rows: int, columns: int, key: int, device: torch.device) -> Tensor:
     return torch.from_numpy(signs).reshape(rows, columns).to(device)
 
 
-def _leading_signs(u: Tensor) -> Tensor:
+def leading_signs(u: Tensor) -> Tensor:
     """The sign of the first entry of the largest magnitude in every column."""
     size = u.abs()
     # Rounding must not decide between entries that mirror each other.

@@ -9,6 +9,7 @@ from mergekit_lite.checkpoint import lycoris
 from mergekit_lite.checkpoint.meta import MERGEABLE, Adapter, Checkpoint, LowRank, Product, TensorMeta
 from mergekit_lite.errors import Mark, Problem
 from mergekit_lite.methods import lycoris as products
+from mergekit_lite.methods import tucker
 from mergekit_lite.methods.lora import folding, multiplying
 from mergekit_lite.methods.spec import Call, Method, Slot
 from mergekit_lite.plan.graph import Builder, Table
@@ -182,7 +183,9 @@ class _Folder:
                     nodes[place] = self.builder.call(call, inputs, [self.name] * 2, self.name, place)
         # Where only a layer that is stored as in x out can be meant, all are.
         vectors = [(self.found[f"{m}.weight"], p) for m, p in self.adapter.products.items() if p.kind == "IA3"]
-        plain = [lycoris.scales(p, nodes[place].shape, False) is not None for place, p in vectors]
+        plain = [
+            len(nodes[at].shape) != 2 or lycoris.scales(p, nodes[at].shape, False) is not None for at, p in vectors
+        ]
         for module, product in self.adapter.products.items():
             place = self.found[f"{module}.weight"]
             if all(self.fit(place, part) for part in product.parts.values()):
@@ -190,16 +193,18 @@ class _Folder:
         return nodes
 
     def change(self, nodes: dict[str, Node], place: str, product: Product, transposed: bool) -> None:
-        """Put what LoHa, LoKr or (IA)^3 make of the weight at `place` into `nodes`."""
+        """Put what LoHa, LoKr, FLoRA or (IA)^3 make of the weight at `place` into `nodes`."""
         weight = nodes[place]
         parts = list(product.parts.values())
         if product.kind != "IA3":
             if not lycoris.fits(product, weight.shape):
                 self.misfit(place, parts)
                 return
-            call = products.folding()(
-                *map(Slot, range(1 + len(parts))), scale=product.scale, parts=tuple(product.parts)
-            )
+            slots = tuple(map(Slot, range(1 + len(parts))))
+            if product.kind == "FLORA":
+                call = tucker.folding()(*slots, scale=product.scale)
+            else:
+                call = products.folding()(*slots, scale=product.scale, parts=tuple(product.parts))
             nodes[place] = self.made(call, [weight, *map(self.builder.load, parts)], place)
             return
         axis = lycoris.scales(product, weight.shape, transposed)
@@ -207,10 +212,14 @@ class _Folder:
             self.misfit(place, parts)
             return
         numbers = self.builder.load(parts[0])
-        nodes[place] = self.made(products.scaling()(Slot(0), Slot(1), axis=axis), [weight, numbers], place)
+        # A convolution that takes its channels in groups has fewer columns than inputs.
+        grouped = axis == 1 and len(weight.shape) > 2 and lycoris.groups(parts[0].numel, weight.shape) != 1
+        scaling = products.grouped() if grouped else products.scaling()
+        settings = {} if grouped else {"axis": axis}
+        nodes[place] = self.made(scaling(Slot(0), Slot(1), **settings), [weight, numbers], place)
         bias = f"{place.removesuffix('weight')}bias"
         # What scales inputs leaves the bias alone.
-        if bias in nodes and axis == (1 if transposed else 0):
+        if bias in nodes and axis == (1 if transposed and len(weight.shape) == 2 else 0):
             nodes[bias] = self.made(products.scaling()(Slot(0), Slot(1), axis=1), [nodes[bias], numbers], bias)
 
     def made(self, call: Call, inputs: Sequence[Node], place: str) -> Node:

@@ -58,6 +58,21 @@ def adapter_config(
     }
 
 
+def lokr_config(lora: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a LoKr adapter with the ranks and modules of that of a LoRA adapter: with a left half of one
+    number, and cores for kernels."""
+    same = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "r", "rank_pattern", "alpha_pattern")
+    return {
+        "peft_type": "LOKR",
+        **{key: lora[key] for key in (*same, "target_modules", "modules_to_save")},
+        "alpha": lora["lora_alpha"],
+        "decompose_both": False,
+        "decompose_factor": 1,
+        "use_effective_conv2d": True,
+        "init_weights": True,
+    }
+
+
 def _exactly(module: str) -> str:
     """A pattern of peft's for one module: it would take a bare name for the end of others too."""
     return f"^{re.escape(module)}"

@@ -101,7 +101,15 @@ def _sums(node: Node) -> float:
 def _matrix(node: Node) -> float:
     """The decompositions of one tensor, by its shape as a matrix."""
     assert node.method is not None
+    name = node.method.name
+    if name in rates.PRODUCTS:
+        return rates.PRODUCTS[name] * node.inputs[0].shape[0] * node.numel
+    if name in rates.FACTORS:
+        rank = sum(a.shape[0] for a in node.inputs[::2])
+        return rates.FACTORS[name] * rank * sum(n.numel for n in node.inputs)
+    if name in rates.ELEMENT:
+        return rates.ELEMENT[name] * len(node.inputs) * node.numel
     rows, columns = max(1, math.prod(node.shape[:1])), max(1, math.prod(node.shape[1:]))
-    once, each = rates.MATRIX.get(node.method.name, rates.MATRIX_OTHER)
+    once, each = rates.MATRIX.get(name, rates.MATRIX_OTHER)
     steps: int = dict(node.params).get("steps", 1)
     return (once + each * len(node.inputs) * steps) * min(rows, columns) * rows * columns

@@ -156,8 +156,8 @@ class Builder:
         return known
 
     def call(self, call: Call | Slot, inputs: Sequence[Node], names: Sequence[str], step: str, tensor: str) -> Node:
-        """The node of a tree of calls over `inputs`, whose entries are called `names` (they key the randomness). Raises
-        PoolConflict."""
+        """The node of a tree of calls over `inputs`, whose entries are called `names` (they key the randomness; what
+        has an empty name does not). Raises PoolConflict."""
         if isinstance(call, Slot):
             return inputs[call.index]
         identity = (id(call), step, tuple(names))
@@ -184,7 +184,7 @@ class Builder:
         below = [self._add(c, names, step, f"{path}.{i}", operations) for i, c in enumerate(call.inputs)]
         reach = method.reach_of(params)
         pool = f"{step}:{method.name}{path}" if reach == "pooled" else None
-        labels = "+".join(names[i] for i in slots(call))
+        labels = "+".join(names[i] for i in slots(call) if names[i])
         operations.append(
             _Operation(
                 kind=self._kinds.setdefault((method.name, call.params, pool), len(self._kinds)),
@@ -192,7 +192,7 @@ class Builder:
                 params=call.params,
                 places=tuple(below),
                 reach=reach,
-                keys=Keys(self.seed, step, method.name, labels) if method.positioned else None,
+                keys=Keys(self.seed, step, method.keyed or method.name, labels) if method.positioned else None,
                 pool=pool,
                 members=self.pools.setdefault(pool, []) if pool else [],
             )

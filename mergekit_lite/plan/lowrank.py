@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -9,16 +10,26 @@ from mergekit_lite.checkpoint.adapter import PREFIX, WEIGHTS
 from mergekit_lite.checkpoint.meta import DTYPE_NAMES, MERGEABLE, Checkpoint
 from mergekit_lite.checkpoint.writer import encode_header
 from mergekit_lite.errors import Mark, Problem
-from mergekit_lite.methods.low_rank import FIGURES, factor_shapes, factoring, full_rank, measuring
+from mergekit_lite.methods.lokr import halving, measuring_kernels, most_rank, part_shapes
+from mergekit_lite.methods.low_rank import (
+    FIGURES,
+    factor_shapes,
+    factoring,
+    factoring_factors,
+    full_rank,
+    measuring,
+    measuring_factors,
+)
 from mergekit_lite.methods.registry import all_methods
 from mergekit_lite.methods.spec import Slot
-from mergekit_lite.plan.adapter_config import adapter_config
+from mergekit_lite.plan.adapter_config import adapter_config, lokr_config
+from mergekit_lite.plan.factors import summed_factors, unfolded
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.layout import SAVE_DTYPES, nbytes
 from mergekit_lite.plan.model import Node, Output, OutShard, OutTensor
 from mergekit_lite.plan.steps import Faults, listed
 from mergekit_lite.plan.words import shape as sizes
-from mergekit_lite.recipe.model import Save
+from mergekit_lite.recipe.model import AsLora, Save
 from mergekit_lite.recipe.value import glob_matches
 
 # Modules that look up rows: their weights are as good as never of low rank, and peft stores their factors otherwise.
@@ -88,6 +99,8 @@ def parts_of(
         node = changed[name]
         if table.space == "delta":
             return node
+        if summed_factors(node, base.nodes[name]) is not None:
+            return unfolded(builder, node, base.nodes[name], (step, name))
         alone = node.method is methods["add"] and dict(node.params)["weight"] == (1.0,)
         if alone and node.inputs[1] is base.nodes[name]:
             return node.inputs[0]  # which no sum with the base has rounded
@@ -95,6 +108,9 @@ def parts_of(
 
     made = Parts(dtypes=dict(base.dtypes) | {n: table.dtypes[n] for n in changed})
     low = {name for name in changed if has_factors(name, changed[name].shape)}
+    if lora.form == "lokr":
+        turned = _turned_of(base)
+        low = {n for n in low if f"{n.removesuffix('weight')}bias" not in changed and _is_lokr(n, changed[n], turned)}
     # peft finds modules to save by the ends of their names, and wants all of their tensors.
     keep = {n.rpartition(".")[0] for n in changed if n not in low and f"{n.rpartition('.')[0]}.weight" not in low}
     modules = made.modules(base.nodes)
@@ -115,6 +131,12 @@ def parts_of(
     if left:
         message = f"{len(left)} tensors of `{step}` differ from `{lora.base.name}` and stay as they are there"
         warnings.append(Problem(f"{message}: {listed(left)}", lora.mark, "the adapter changes what `targets` matches"))
+    if lora.form == "lokr" and changed and not made.factors and not problems:
+        message = (
+            f"`as: lokr` has factors for none of the tensors that `{step}` changes, and peft loads no such adapter"
+        )
+        hint = "it is for linear layers and kernels of one or two axes whose biases stay as they are: use `as: lora`"
+        problems.append(Problem(message, lora.mark, hint))
     if not changed and not problems:
         message = f"`{step}` changes nothing of `{lora.base.name}` that an adapter could hold"
         problems.append(Problem(message, lora.mark, "look at `targets` and `base`"))
@@ -128,6 +150,20 @@ def has_factors(name: str, shape: Sequence[int]) -> bool:
     lookup = "embed" in kind or kind in _LOOKUPS
     depthwise = len(shape) > 2 and shape[1] == 1
     return last == "weight" and len(shape) > 1 and full_rank(tuple(shape)) > 1 and not lookup and not depthwise
+
+
+def _turned_of(base: Table) -> tuple[str, ...]:
+    return TURNED.get(str(base.config.get("model_type")), ())
+
+
+def _is_turned(name: str, node: Node, turned: Sequence[str]) -> bool:
+    """Whether a weight is that of a layer which stores it as in x out."""
+    return name.removesuffix(".weight").rpartition(".")[2] in turned and len(node.shape) == 2
+
+
+def _is_lokr(name: str, node: Node, turned: Sequence[str]) -> bool:
+    """Whether peft's LoKr has layers for a weight: it has none for GPT-2's, nor for kernels of three axes."""
+    return len(node.shape) <= 4 and not _is_turned(name, node, turned)
 
 
 def adapter_output(
@@ -148,16 +184,29 @@ def adapter_output(
     rows: list[tuple[str, str, tuple[int, ...], int]] = []
     spans: list[tuple[str, tuple[int, ...], str, Node, int]] = []  # name, shape, dtype, node, how many rows
     kept: dict[str, int] = {}
-    turned = TURNED.get(str(base.config.get("model_type")), ())
+    turned = _turned_of(base)
     any_turned = False
     for name, node in parts.factors.items():
         module = name.removesuffix(".weight")
         dtype = _dtype(parts.dtypes[name], save.dtype)
-        rank = kept[module] = (ranks or {}).get(name) or most(lora.rank, node.shape)
-        transposed = module.rpartition(".")[2] in turned and len(node.shape) == 2
+        rank = kept[module] = (ranks or {}).get(name) or most(lora, node)
+        transposed = _is_turned(name, node, turned)
         any_turned = any_turned or transposed
-        settings = {"rank": rank, "svd": lora.svd, "transposed": transposed, "dtype": DTYPE_NAMES[dtype]}
-        factors = builder.call(factoring(rank)(Slot(0), **settings), [node], [step], step, name)
+        if lora.form == "lokr":
+            call = halving(rank)(Slot(0), rank=rank, dtype=DTYPE_NAMES[dtype])
+            factors = builder.call(call, [node], [step], step, name)
+            shapes = part_shapes(node.shape, rank)
+            for part, shape in shapes.items():
+                rows.append((f"{PREFIX}{module}.{part}", dtype, shape, nbytes(Node(-1, shape, ""), dtype)))
+            spans.append((f"{PREFIX}{module}.lora", (factors.numel - FIGURES,), dtype, factors, len(shapes)))
+            continue
+        settings = {"rank": rank, "transposed": transposed, "dtype": DTYPE_NAMES[dtype]}
+        if (thin := summed_factors(node)) is not None:
+            slots = map(Slot, range(len(thin.nodes)))
+            call = factoring_factors(rank, node.shape)(*slots, **settings, **thin.settings)
+            factors = builder.call(call, thin.nodes, [step] * len(thin.nodes), step, name)
+        else:
+            factors = builder.call(factoring(rank)(Slot(0), **settings, svd=lora.svd), [node], [step], step, name)
         for part, shape in zip("AB", factor_shapes(node.shape, rank, transposed), strict=True):
             size = nbytes(Node(-1, shape, ""), dtype)
             rows.append((f"{PREFIX}{module}.lora_{part}.weight", dtype, shape, size))
@@ -180,6 +229,8 @@ def adapter_output(
     tied = {alias for alias, canonical in base.family.tied if canonical in parts.whole}
     whole = parts.modules(name for name in parts.whole if name not in tied)
     config = adapter_config(base.config, checkpoint, kept, whole, bool(parts.biases), any_turned, bool(tied))
+    if lora.form == "lokr":
+        config = lokr_config(config)
     return Output(to, step, (shard,), {}, {}, base.donor, config)
 
 
@@ -187,21 +238,33 @@ def measured_output(builder: Builder, save: Save, step: str, parts: Parts, base:
     """In place of the adapter, the rank that each of its changes needs: a vector of one number by the tensor's name."""
     lora = save.lora
     assert lora is not None and lora.energy is not None
-    turned = TURNED.get(str(base.config.get("model_type")), ())
+    turned = _turned_of(base)
     tensors: list[OutTensor] = []
     for name, node in parts.factors.items():
-        kind = name.removesuffix(".weight").rpartition(".")[2]
-        transposed = kind in turned and len(node.shape) == 2
-        settings = {"rank": most(lora.rank, node.shape), "energy": lora.energy, "svd": lora.svd}
-        call = measuring()(Slot(0), **settings, transposed=transposed)
-        found = builder.call(call, [node], [step], step, name)
+        transposed = _is_turned(name, node, turned)
+        settings = {"rank": most(lora, node), "energy": lora.energy}
+        if lora.form == "lokr" and math.prod(node.shape[2:]) > 1:
+            found = builder.call(measuring_kernels()(Slot(0), **settings), [node], [step], step, name)
+        elif (thin := summed_factors(node)) is not None:
+            call = measuring_factors()(*map(Slot, range(len(thin.nodes))), **settings, **thin.settings)
+            found = builder.call(call, thin.nodes, [step] * len(thin.nodes), step, name)
+        else:
+            call = measuring()(Slot(0), **settings, svd=lora.svd, transposed=transposed)
+            found = builder.call(call, [node], [step], step, name)
         tensors.append(OutTensor(name, (1,), "F32", found, 0, 4 * len(tensors), 4))
     return Output("ranks", step, (OutShard("ranks", b"", 4 * len(tensors), tuple(tensors)),), {}, {}, base.donor)
 
 
-def most(rank: int | None, shape: tuple[int, ...]) -> int:
-    """The rank of factors for a change of this shape, where the save allows `rank` at most."""
-    return full_rank(shape) if rank is None else min(rank, full_rank(shape))
+def most(lora: AsLora, node: Node) -> int:
+    """The rank of factors for a change, which is at most the one that the save allows: what is a sum of products of
+    factors has no more than these have columns."""
+    rank = lora.rank
+    if lora.form == "lokr":
+        full = most_rank(node.shape)
+        return full if rank is None else min(rank, full)
+    thin = summed_factors(node)
+    full = min(full_rank(node.shape), thin.columns if thin is not None else full_rank(node.shape))
+    return full if rank is None else min(rank, full)
 
 
 def _dtype(stored: str, dtype: str | None) -> str:

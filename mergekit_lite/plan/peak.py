@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_lite.family.spaces import Space
+from mergekit_lite.methods.factored import ROWS as PRODUCT_ROWS
 from mergekit_lite.methods.pursuit import batch_size, pursuit_bytes
 from mergekit_lite.plan.model import Alignment, Node, Unit
 from mergekit_lite.plan.order import COPY_BLOCK, among, beside, grain_of, walk
@@ -40,10 +41,25 @@ MATRIX: Mapping[str, tuple[float, float, float]] = {
     "star": (5.0, 1.0, 0.0),
     "svc": (7.0, 0.5, 0.0),
     "to_shared": (6.0, 0.0, 0.0),
+    "lokr_parts": (8.0, 0.0, 0.0),
+    "lokr_rank": (7.0, 0.0, 0.0),
+    "part": (0.0, 0.0, 0.0),
+    "scaled_groups": (1.0, 0.0, 0.0),
     "tsv_m": (3.0, 3.0, 0.0),
+    "tucker": (7.0, 0.0, 0.0),
+    "weighted_adapter": (6.0, 5.0, 0.0),
     "wudi": (6.0, 0.0, 4.0),
 }
 MATRIX_OTHER = (10.0, 4.0, 0.0)
+# What a method on factors takes: numbers of float64 for each of theirs, and for each of the deltas' blocks, which are
+# as many rows as the factors have columns together.
+FACTORS: Mapping[str, tuple[float, float]] = {
+    "combine_factors": (8.0, 0.0),
+    "core_factors": (8.0, 0.0),
+    "low_rank_of_factors": (6.0, 0.0),
+    "merge_factors": (7.0, 3.5),
+    "needed_of_factors": (5.0, 0.0),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +212,15 @@ def block_bytes(nodes: Sequence[Node], block: int, size: int) -> int:
     return blocks + max([sorting, *(matrix_bytes(n) for n in nodes if n.reach == "matrix")]) + counters + sums
 
 
+def _of_factors(node: Node, each: float, block: float) -> int:
+    params = dict(node.params)
+    rank = sum(a.shape[0] for a in node.inputs[::2])
+    a, b = node.inputs[:2]
+    columns = (b if params["turned"][0] else a).numel // max(1, a.shape[0])
+    models: int = params["models"]
+    return math.ceil(8 * (each * sum(n.numel for n in node.inputs) + block * models * rank * columns))
+
+
 def _kernel(node: Node) -> float:
     once, each = KERNELS.get(node.method.name, (KERNEL, 0.0)) if node.method is not None else (KERNEL, 0.0)
     return once + each * len(node.inputs)
@@ -204,6 +229,12 @@ def _kernel(node: Node) -> float:
 def matrix_bytes(node: Node) -> int:
     """What a decomposition takes in double precision, beside the node's inputs and its result."""
     assert node.method is not None
+    if node.method.name in FACTORS:
+        return _of_factors(node, *FACTORS[node.method.name])
+    if node.method.name == "widen":
+        # Some rows of the product, and both factors.
+        rows, columns = node.shape[0], math.prod(node.shape[1:])
+        return math.ceil(8 * (min(rows, PRODUCT_ROWS) * columns + 1.2 * sum(n.numel for n in node.inputs)))
     once, each, square = MATRIX.get(node.method.name, MATRIX_OTHER)
     if node.method.name == "tsv_m":  # keeps no more of each input than this share
         each *= dict(node.params)["rank_share"] or 1 / len(node.inputs)

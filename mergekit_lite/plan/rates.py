@@ -27,6 +27,7 @@ ELEMENT: Mapping[str, float] = {
     "pcb": 40.0,
     "ramplus_tl": 18.0,
     "sce": 35.0,
+    "weighted_adapter": 30.0,
 }
 # A matrix method takes these times p * p * q, p being the smaller side of the tensor and q the larger one: once, and
 # for each input. Randomised decompositions count as whole ones.
@@ -36,11 +37,24 @@ MATRIX: Mapping[str, tuple[float, float]] = {
     "core_space": (0.0, 1.3),
     "iso_c": (0.5, 0.0),
     "iso_cts": (0.6, 0.65),
+    "flora": (0.03, 0.0),
     "merge_in_shared": (0.0, 0.8),
+    "part": (0.0, 0.0),
     "regmean": (0.0, 0.1),
     "star": (0.0, 0.42),
     "svc": (0.0, 0.22),
     "tsv_m": (0.0, 0.6),
+    "tucker": (0.3, 0.0),
     "wudi": (0.0, 0.03),  # a step
 }
+# Methods on factors take this times k * k * (m + n), for deltas of m by n whose factors have k columns together.
+FACTORS: Mapping[str, float] = {
+    "combine_factors": 0.5,
+    "core_factors": 0.9,
+    "low_rank_of_factors": 0.8,
+    "merge_factors": 1.0,
+    "needed_of_factors": 0.6,
+}
+# An element of a product and a column of its factors.
+PRODUCTS: Mapping[str, float] = {"multiply": 1.2, "multiply_turned": 1.2, "widen": 0.1}
 MATRIX_OTHER = (0.0, 0.6)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergekit_lite.methods.spec import Method, Param
-from mergekit_lite.recipe.lora import SVDS
+from mergekit_lite.recipe.lora import FORMS, SVDS
 from mergekit_lite.recipe.masks import THRESHOLD
 from mergekit_lite.recipe.push import BRANCH, MOST_MESSAGE
 from mergekit_lite.recipe.read import COMPUTE, NAME
@@ -256,7 +256,7 @@ def _save() -> Schema:
                 "description": f"{', '.join(TEMPLATES)}, a model, or a template's text.",
             },
             "as": {
-                "enum": ["lora", "masks"],
+                "enum": [*FORMS, "masks"],
                 "description": "Save an adapter of `base`, as peft loads it, or a mask store, not a model.",
             },
             "base": {**REFERENCE, "description": "The model that the adapter, or the masked vector, is for."},

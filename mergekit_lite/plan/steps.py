@@ -10,6 +10,7 @@ from mergekit_lite.checkpoint.meta import MERGEABLE
 from mergekit_lite.errors import Mark, Problem
 from mergekit_lite.methods.registry import expand
 from mergekit_lite.methods.spec import Call, Method, Params, Slot, keywords
+from mergekit_lite.plan.factors import NoFactors, merged_factors
 from mergekit_lite.plan.graph import Builder, PoolConflict, Table
 from mergekit_lite.plan.model import Node
 from mergekit_lite.plan.parts import part_faults
@@ -76,6 +77,7 @@ def build_step(
     dtypes: dict[str, str] = {}
     same = constant(step, method)
     calls: dict[Any, Call | Slot] = {}
+    spaces = [source.table.space for source in sources]
 
     def zero(name: str, like: Node) -> Node:
         return builder.call(delta(Slot(0), Slot(1)), [like, like], ["zero"] * 2, step.name, name)
@@ -118,9 +120,12 @@ def build_step(
             if not statistics and method.without is not None:
                 call = method.without(*(Slot(i) for i in range(len(sources))), **keywords(_plain(method, params)))
             calls[use] = call
-        given = [*given, *statistics]
         try:
-            nodes[name] = builder.call(call, given, labels[: len(given)], step.name, name)
+            thin = merged_factors(builder, method, params, call, given, spaces, labels, (step.name, name), add)
+            given = [*given, *statistics]
+            nodes[name] = thin or builder.call(call, given, labels[: len(given)], step.name, name)
+        except NoFactors as fault:
+            faults.add(str(fault), step.use_mark, "name them as models: `{adapter: ADAPTER}`", name)
         except PoolConflict as conflict:
             message = f"{conflict} measures all tensors at once, so its settings cannot differ between tensors"
             faults.add(message, step.use_mark, "use `scope: tensor`, or one value without globs and curves", name)

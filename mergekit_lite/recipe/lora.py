@@ -1,4 +1,4 @@
-"""The keys of a save that make an adapter of it: `as: lora`, `base`, `rank`, `energy`, `svd`, `targets`."""
+"""The keys of a save that make an adapter of it: `as: lora` or `lokr`, `base`, `rank`, `energy`, `svd`, `targets`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from mergekit_lite.recipe.model import AsLora, Ref
 from mergekit_lite.recipe.node import ListNode, MapNode, Node, ScalarNode, describe
 
 KEYS = ("as", "base", "rank", "energy", "svd", "targets")
+FORMS = ("lora", "lokr")
 SVDS = ("exact", "randomised")
 _EXAMPLE = "for example `save: {as: lora, base: org/base-7b, rank: 16, to: out/lora}`"
 
@@ -31,9 +32,10 @@ def read_lora(node: MapNode, read_ref: Callable[[Node, str], Ref | None], proble
             hint = f"add `as: lora` for an adapter, or remove `{key}`"
             problems.append(Problem(f"`{key}` belongs to a save with `as`", entries[key].mark, hint))
         return None
+    form = scalar("as")
     base = read_ref(entries["base"].value, "`base`") if "base" in entries else None
     if "base" not in entries:
-        problems.append(Problem("a save with `as: lora` names its `base`", entries["as"].mark, _EXAMPLE))
+        problems.append(Problem("a save with `as` names its `base`", entries["as"].mark, _EXAMPLE))
     rank, energy, svd = scalar("rank"), scalar("energy"), scalar("svd")
     if "rank" in entries and (type(rank) is not int or rank < 1):
         fault(f"`rank` must be a whole number above 0, not {describe(entries['rank'].value)}", "rank", _EXAMPLE)
@@ -42,7 +44,7 @@ def read_lora(node: MapNode, read_ref: Callable[[Node, str], Ref | None], proble
         fault(f"`energy` must lie in (0, 1], not {describe(entries['energy'].value)}", "energy", hint)
     if not {"rank", "energy"} & set(entries):
         hint = "`rank: 16` gives every matrix this rank, `energy: 0.99` each the one it needs"
-        problems.append(Problem("a save with `as: lora` needs `rank` or `energy`", entries["as"].mark, hint))
+        problems.append(Problem("a save with `as` needs `rank` or `energy`", entries["as"].mark, hint))
     if "svd" in entries and svd not in SVDS:
         near = (suggest(svd, SVDS) if isinstance(svd, str) else None) or "`exact` or `randomised`"
         fault(f"`svd` must be exact or randomised, not {describe(entries['svd'].value)}", "svd", near)
@@ -50,12 +52,16 @@ def read_lora(node: MapNode, read_ref: Callable[[Node, str], Ref | None], proble
         fault(
             "`svd: randomised` needs `rank`", "svd", "it looks for this many directions; with `energy`, at most so many"
         )
+    if form == "lokr" and svd == "randomised":
+        fault("`as: lokr` has no randomised search", "svd", "leave out `svd`")
     if "shard" in node.entries:
         problems.append(Problem("an adapter is one file", node.entries["shard"].mark, "remove `shard`"))
     targets = _targets(node.get("targets"), problems)
     if len(problems) > before or base is None:
         return None
-    return AsLora(base, rank, None if energy is None else float(energy), svd or SVDS[0], targets, entries["as"].mark)
+    return AsLora(
+        base, rank, None if energy is None else float(energy), svd or SVDS[0], targets, entries["as"].mark, str(form)
+    )
 
 
 def _targets(node: Node | None, problems: list[Problem]) -> tuple[str, ...]:

@@ -60,8 +60,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class AsLora:
-    """A save as an adapter of `base`: factors of `rank`, or of the least rank, up to that, which keeps the share
-    `energy` of the squared norm of every change. `targets` are globs of the tensors that may change, none: all."""
+    """A save as an adapter of `base`, of the kind `form` (`lora`, `lokr`): factors of `rank`, or of the least rank, up
+    to that, which keeps the share `energy` of the squared norm of every change. `targets` are globs of the tensors that
+    may change, none: all."""
 
     base: Ref
     rank: int | None
@@ -69,6 +70,7 @@ class AsLora:
     svd: str
     targets: tuple[str, ...]
     mark: Mark
+    form: str = "lora"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mergekit_lite.errors import Mark, Problem, suggest
+from mergekit_lite.recipe.lora import FORMS, read_lora
 from mergekit_lite.recipe.lora import KEYS as LORA_KEYS
-from mergekit_lite.recipe.lora import read_lora
 from mergekit_lite.recipe.masks import KEYS as MASKS_KEYS
 from mergekit_lite.recipe.masks import read_masks
 from mergekit_lite.recipe.model import Ref, Save
@@ -112,8 +112,8 @@ def _read_save(node: MapNode, read_ref: Callable[[Node, str], Ref | None], probl
             problems.append(Problem(f"`save` has no key `{key}`", entry.mark, suggest(key, SAVE_KEYS)))
     lora, masks = None, None
     kind = node.get("as")
-    if kind is not None and _kind(node) not in ("lora", "masks"):
-        message = f"`as` must be lora or masks, not {describe(kind)}"
+    if kind is not None and _kind(node) not in (*FORMS, "masks"):
+        message = f"`as` must be {', '.join(FORMS)} or masks, not {describe(kind)}"
         problems.append(Problem(message, kind.mark, "leave it out to save a whole model"))
         others = []
     elif _kind(node) == "masks":

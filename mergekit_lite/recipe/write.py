@@ -158,7 +158,7 @@ def _save(save: Save) -> dict[str, Any]:
 
 
 def _lora(lora: AsLora) -> dict[str, Any]:
-    data: dict[str, Any] = {"as": "lora", "base": lora.base.name}
+    data: dict[str, Any] = {"as": lora.form, "base": lora.base.name}
     if lora.rank is not None:
         data["rank"] = lora.rank
     if lora.energy is not None:

@@ -9,7 +9,7 @@ from mergekit_lite.checkpoint.adapter import open_adapter
 from mergekit_lite.checkpoint.meta import Adapter, TensorMeta
 from mergekit_lite.recipe.read import split_location
 
-KINDS = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr", "IA3": "(IA)^3"}
+KINDS = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr", "IA3": "(IA)^3", "FLORA": "FLoRA"}
 
 
 @dataclass(frozen=True, slots=True)

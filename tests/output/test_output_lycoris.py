@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_output_adapters import (  # the models and helpers of LoRA's tests
     ALL,
     Convolutions,
@@ -23,6 +24,8 @@ from test_output_adapters import (  # the models and helpers of LoRA's tests
     write_recipe,
 )
 from torch import Tensor, nn
+
+from mergekit_lite import RecipeError, load_recipe, plan
 
 KEPT = {"modules_to_save": ["norm", "lm_head"]}
 LLAMAS: dict[str, Any] = {
@@ -125,3 +128,61 @@ def test_every_form_of_the_tensors_is_met(tmp_path: Path) -> None:
     wanted = {(kind, parts) for kind, orders in PARTS.items() for parts in orders}
     # The left half is the smaller one, so peft never factors it alone.
     assert seen == wanted - {("LOKR", ("lokr_w1_a", "lokr_w1_b", "lokr_w2"))}
+
+
+class Chain(nn.Module):
+    """Convolutions of every kind of (IA)^3's, one behind the other: square, in groups, one channel at a time, 3-D."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(6, 8, 3, padding=1)
+        self.square = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.groups = nn.Conv2d(8, 12, 3, padding=1, groups=4)
+        self.deep = nn.Conv2d(12, 12, 3, groups=12)
+        self.cube = nn.Conv3d(12, 5, (1, 2, 2))
+        self.config = {"model_type": "custom"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.deep(self.groups(self.square(self.wide(x).tanh()).tanh()).tanh()).tanh()
+        made: Tensor = self.cube(x.unsqueeze(2))
+        return made
+
+
+@pytest.mark.parametrize("inputs", [[], ["wide", "square", "groups", "deep", "cube"], ["square", "deep"], r".*u.*"])
+def test_ia3_of_convolutions(inputs: Any, tmp_path: Path) -> None:
+    model = Chain()
+    base = write_base(model, tmp_path / "base")
+    layers = ["wide", "square", "groups", "deep", "cube"]
+    config = peft.IA3Config(target_modules=layers, feedforward_modules=inputs)
+    beside, folded = train(model, config, tmp_path / "adapter")
+    recipe = write_recipe(tmp_path, f"m: {{path: {base}, adapter: {tmp_path}/adapter}}")
+    ours = merged(recipe, tmp_path / "out", threads=2, block=7)
+    same(ours, dict(folded.state_dict()))
+    loaded = Chain()
+    loaded.load_state_dict(ours)
+    x = torch.randn(2, 6, 7, 7, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        made, wanted, start = loaded(x), beside(x), model(x)
+    size = max(1.0, float(wanted.abs().max()))
+    assert float((made - wanted).abs().max()) <= 1e-5 * size < float((made - start).abs().max())
+
+
+def test_ia3_of_a_square_convolution_needs_to_know_what_it_scales(tmp_path: Path) -> None:
+    """The shapes say the same for inputs and outputs; another file's vector does not fit at all."""
+    model = Chain()
+    base = write_base(model, tmp_path / "base")
+    train(model, peft.IA3Config(target_modules=["square"], feedforward_modules=[]), tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    config = json.loads(path.read_text())
+    recipe = write_recipe(tmp_path, f"m: {{path: {base}, adapter: {tmp_path}/adapter}}")
+    for named in (None, 3, "(a+)+b(c|d)*e(f)"):
+        path.write_text(json.dumps({**config, "feedforward_modules": named}))
+        with pytest.raises(RecipeError, match=r"do not fit a weight.*square"):
+            plan(load_recipe(recipe), out=tmp_path / "out")
+    train(model, peft.IA3Config(target_modules=["wide"], feedforward_modules=[]), tmp_path / "wrong")
+    tensors = load_file(tmp_path / "wrong/adapter_model.safetensors")
+    save_file(
+        {key: value[:, :7].clone() for key, value in tensors.items()}, tmp_path / "wrong/adapter_model.safetensors"
+    )
+    with pytest.raises(RecipeError, match="do not fit a weight"):
+        plan(load_recipe(write_recipe(tmp_path, f"m: {{path: {base}, adapter: {tmp_path}/wrong}}")))

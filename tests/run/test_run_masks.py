@@ -207,7 +207,7 @@ def test_a_sandbox_holds_for_stores(models: Path, capsys: pytest.CaptureFixture[
         (('"chat": 0.3', '"chatt": 0.3'), "no task `chatt`"),
         (('"chat": 0.3', '"chat": -1'), "from 0 on"),
         (("as: masks", "as: masks, rank: 4"), "another kind of save"),
-        (("as: masks", "as: mask"), "lora or masks"),
+        (("as: masks", "as: mask"), "or masks"),
         (("as: masks", "as: masks, tokenizer: base"), "vocabulary of its base"),
     ],
 )
