@@ -147,7 +147,12 @@ def open_models(
                 )
             if model.adapter is not None:
                 adapter = open_adapter(
-                    model.adapter, model.adapter_revision, mark=model.mark, offline=offline, pickled=allow_pickle
+                    model.adapter,
+                    model.adapter_revision,
+                    mark=model.mark,
+                    offline=offline,
+                    pickled=allow_pickle,
+                    stream=stream,
                 )
                 opened = with_adapter(opened, adapter, model.mark)
             found[name] = opened

@@ -10,17 +10,19 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mergekit_lite.checkpoint.header import read_header
-from mergekit_lite.checkpoint.hub import fetch, is_hub_id
+from mergekit_lite.checkpoint.hub import Listing, Unreachable, cached, fetch, fetch_beside, is_hub_id, is_offline, look
 from mergekit_lite.checkpoint.inside import inside, parse_object, read_bytes
 from mergekit_lite.checkpoint.lycoris import KEY, PARTS, config_faults, product
 from mergekit_lite.checkpoint.meta import Adapter, Checkpoint, LowRank, Product, ShardFile, TensorMeta
+from mergekit_lite.checkpoint.patterns import Numbers, is_simple, steps
 from mergekit_lite.checkpoint.pickled import read_pickled
+from mergekit_lite.checkpoint.remote import headers_at
 from mergekit_lite.errors import InputError, Mark, Problem
 
 CONFIG = "adapter_config.json"
@@ -52,17 +54,24 @@ _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "kasa")
 
 
 def open_adapter(
-    location: str, revision: str | None, *, mark: Mark | None = None, offline: bool = False, pickled: bool = False
+    location: str,
+    revision: str | None,
+    *,
+    mark: Mark | None = None,
+    offline: bool = False,
+    pickled: bool = False,
+    stream: bool = False,
 ) -> Adapter:
     """The adapter at `location`: a folder as peft's `save_pretrained` leaves it, otherwise a Hub id with `revision`.
-    `pickled` reads `adapter_model.bin` too, as plain data, where there is nothing else.
+    `pickled` reads `adapter_model.bin` too, as plain data, where there is nothing else. `stream` downloads no weights
+    that lie on the Hub as safetensors: their header is read by ranges.
 
     Raises InputError, with `mark` in every problem, for whatever is missing, unreachable, corrupt, or not a LoRA
     adapter that can be added to the weights of a base.
     """
     try:
-        folder, commit = _folder(location, revision, offline, pickled)
-        return _read(location, commit, folder, pickled)
+        folder, commit, far = _folder(location, revision, offline, pickled, stream)
+        return _read(location, commit, folder, pickled, far)
     except InputError as error:
         raise InputError([replace(problem, mark=problem.mark or mark) for problem in error.problems]) from error
 
@@ -79,7 +88,10 @@ def with_adapter(base: Checkpoint, adapter: Adapter, mark: Mark | None = None) -
     return replace(base, shards=(*base.shards, *adapter.files), notes=notes, adapter=adapter)
 
 
-def _folder(location: str, revision: str | None, offline: bool, pickled: bool) -> tuple[Path, str | None]:
+def _folder(
+    location: str, revision: str | None, offline: bool, pickled: bool, stream: bool
+) -> tuple[Path, str | None, Listing | None]:
+    """The folder, the commit, and what the Hub has there where the folder lacks the weights."""
     path = Path(os.path.abspath(os.path.expanduser(location)))
     if location and os.path.exists(path):
         if revision is not None:
@@ -87,16 +99,29 @@ def _folder(location: str, revision: str | None, offline: bool, pickled: bool) -
             raise InputError(f"`{location}` is on this disk, where there are no revisions", hint=hint)
         if not path.is_dir():
             raise InputError(f"the adapter `{location}` is not a folder", hint=f"name the folder that holds {CONFIG}")
-        return path, None
+        return path, None, None
     if not is_hub_id(location):
         hint = f"give a folder that holds {CONFIG} and {WEIGHTS}, or a Hub id such as `organisation/name`"
         raise InputError(f"there is no adapter at `{location}`", hint=hint)
-    return fetch(location, revision, offline=offline, more=(PICKLED,) if pickled else ())
-
-
-def _read(location: str, revision: str | None, folder: Path, pickled: bool) -> Adapter:
+    more = (PICKLED,) if pickled else ()
+    if not stream or is_offline(offline):
+        return *fetch(location, revision, offline=offline, more=more), None
     try:
-        names = set(os.listdir(folder))
+        seen = look(location, revision)
+    except Unreachable as error:
+        try:
+            return *fetch(location, revision, offline=True, more=more), None
+        except InputError:
+            raise error from None
+    if WEIGHTS not in seen.files:
+        return *fetch(location, seen.commit, more=more), None
+    folder = fetch_beside(location, seen.commit, [CONFIG])
+    return folder, seen.commit, None if cached(location, seen.commit, [WEIGHTS]) else seen
+
+
+def _read(location: str, revision: str | None, folder: Path, pickled: bool, far: Listing | None) -> Adapter:
+    try:
+        names = {*os.listdir(folder), *(far.files if far is not None else ())}
     except OSError as error:
         raise InputError(f"cannot read the folder `{location}`: {error.strerror}") from error
     if CONFIG not in names:
@@ -109,7 +134,9 @@ def _read(location: str, revision: str | None, folder: Path, pickled: bool) -> A
     problems = _unreadable(location, config)
     if problems:
         raise InputError(problems)
-    if WEIGHTS in names:
+    if far is not None:
+        (header,) = headers_at(location, far, [WEIGHTS])
+    elif WEIGHTS in names:
         header = read_header(inside(folder, WEIGHTS), os.path.join(location, WEIGHTS))
     elif PICKLED in names and pickled:
         header = read_pickled(inside(folder, PICKLED), os.path.join(location, PICKLED))
@@ -175,26 +202,13 @@ def _unreadable(location: str, config: Mapping[str, Any]) -> list[Problem]:
         if not isinstance(patterns, dict) or not all(map(_is_number, patterns.values())):
             faults.append(f"`{name}` maps names to numbers")
         else:
-            faults += [f"`{key[:200]}` in `{name}` is no simple pattern" for key in patterns if not _simple(key)]
+            faults += [f"`{key[:200]}` in `{name}` is no simple pattern" for key in patterns if not is_simple(key)]
     hint = f"correct {CONFIG}, or {_FOLD}"
     return problems + [Problem(f"the {CONFIG} of `{location}` is wrong: {fault}", None, hint) for fault in faults]
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _simple(pattern: str) -> bool:
-    """Whether a regular expression is sure to be matched in little time: at most one group, which is not repeated, and
-    few repetitions. peft's own patterns are names of modules."""
-    repeats = sum(pattern.count(sign) for sign in "*+?{")
-    if len(pattern) > 1000 or pattern.count("(") > 1 or repeats > 2 or re.search(r"\)[*+?{]|\(\?|\\\d", pattern):
-        return False
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
 
 
 def _modules(
@@ -224,10 +238,10 @@ def _modules(
         problems.append(Problem(message, None, _FOLD))
     if not metas:
         problems.append(Problem(f"the adapter `{location}` holds no tensors", None, "download it again"))
-    if _steps(parts, config) > _MOST_STEPS:
+    if steps(parts, config) > _MOST_STEPS:
         message = f"the adapter `{location}` has too many patterns in `alpha_pattern`, or too long names of modules"
         raise InputError(message, hint=_FOLD)
-    number = _Numbers(config)
+    number = Numbers(config)
     low_rank: dict[str, LowRank] = {}
     products: dict[str, Product] = {}
     alone: list[str] = []
@@ -247,20 +261,8 @@ def _modules(
     return low_rank, products, whole
 
 
-def _steps(modules: Iterable[str], config: Mapping[str, Any]) -> int:
-    """How many steps it takes at most to match all patterns with all modules: each from all starts in a name, and once
-    more along the name for each repetition."""
-    by_repeats = [0, 0, 0]
-    for name in modules:
-        for repeats in range(3):
-            by_repeats[repeats] += (1 + name.count(".")) * len(name) ** repeats
-    used = ("alpha_pattern", "rank_pattern") if config["peft_type"] == "LOKR" else ("alpha_pattern",)
-    patterns = [pattern for name in used for pattern in config.get(name) or {}]
-    return sum(by_repeats[sum(map(pattern.count, "*+?{"))] for pattern in patterns)
-
-
 def _low_rank(
-    module: str, found: Mapping[str, TensorMeta], config: Mapping[str, Any], number: _Numbers
+    module: str, found: Mapping[str, TensorMeta], config: Mapping[str, Any], number: Numbers
 ) -> LowRank | None:
     """What is added to one module; None where parts of it are missing or do not go together."""
     embedding = "lora_embedding_A" in found
@@ -273,26 +275,6 @@ def _low_rank(
     alpha = number(module, "alpha_pattern", "lora_alpha")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") is True else rank) if rank else 0.0
     return LowRank(found[a], found[b], float(scale), embedding, magnitude, bias)
-
-
-class _Numbers:
-    """The numbers of a configuration that patterns change for some modules."""
-
-    def __init__(self, config: Mapping[str, Any]):
-        self._config = config
-        self._patterns: dict[str, list[tuple[re.Pattern[str], float]]] = {}
-
-    def __call__(self, module: str, patterns: str, otherwise: str) -> float:
-        """That of the first pattern that is the module's name or the end of it, as peft finds it, or the one that holds
-        for all modules."""
-        if patterns not in self._patterns:
-            given = (self._config.get(patterns) or {}).items()
-            self._patterns[patterns] = [(re.compile(key), float(value)) for key, value in given]
-        starts = [0, *(match.end() for match in re.finditer(r"\.", module))]
-        for pattern, value in self._patterns[patterns]:
-            if any(pattern.fullmatch(module, start) for start in starts):
-                return value
-        return float(self._config[otherwise])
 
 
 def _few(names: list[str]) -> str:

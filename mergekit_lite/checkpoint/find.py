@@ -11,8 +11,8 @@ from pathlib import Path
 from mergekit_lite.checkpoint.header import Header, read_header
 from mergekit_lite.checkpoint.hub import Unreachable, cached, fetch, fetch_beside, is_hub_id, is_offline, look
 from mergekit_lite.checkpoint.inside import inside, is_plain_name, read_object
-from mergekit_lite.checkpoint.meta import Checkpoint, Remote, TensorMeta
-from mergekit_lite.checkpoint.remote import read_headers
+from mergekit_lite.checkpoint.meta import Checkpoint, TensorMeta
+from mergekit_lite.checkpoint.remote import headers_at
 from mergekit_lite.errors import InputError, Mark, Problem, did_you_mean
 
 INDEX = "model.safetensors.index.json"
@@ -104,11 +104,11 @@ def _open_remote(location: str, revision: str | None, pickled: bool) -> Checkpoi
         note = Problem(f"`{location}` holds pickled weights, which cannot be read in parts: it was downloaded whole")
         folder, _ = fetch(location, seen.commit, more=[f"{_STEM}*.bin"])
         return _read(location, seen.commit, folder, replace(listing, notes=(*listing.notes, note)), str(folder))
+    listed = {name: seen.files[name].nbytes for name in names}
     if cached(location, seen.commit, listing.files):
-        return replace(_read(location, seen.commit, folder, listing, str(folder)), thin=True)
-    remote = [(Remote(location, seen.commit, n, seen.files[n].etag, seen.files[n].large), n) for n in listing.files]
-    headers = read_headers((file, seen.files[name].nbytes) for file, name in remote)
-    return replace(_checkpoint(location, seen.commit, folder, listing, headers), thin=True)
+        return replace(_read(location, seen.commit, folder, listing, str(folder)), thin=True, listed=listed)
+    headers = headers_at(location, seen, listing.files)
+    return replace(_checkpoint(location, seen.commit, folder, listing, headers), thin=True, listed=listed)
 
 
 _KINDS = "give an existing folder, a .safetensors file, or a Hub id such as `organisation/name`"

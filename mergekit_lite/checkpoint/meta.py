@@ -138,7 +138,8 @@ class Checkpoint:
     `folder` is where config.json and the tokenizer files lie. `notes` are findings that do not stop a merge but that a
     person may want to see, such as tensors on disk that the index leaves out. With an `adapter`, `tensors` are the
     base's, to which it is added when they are read, and `shards` hold its files too. Where `thin`, the folder lies in
-    the Hub's cache and may lack files beside config.json, which `hub.fetch_beside` fetches.
+    the Hub's cache and may lack files beside config.json, which `hub.fetch_beside` fetches; `listed` are the files
+    that the Hub has there, with their sizes in bytes.
     """
 
     location: str
@@ -151,3 +152,4 @@ class Checkpoint:
     notes: tuple[Problem, ...] = ()
     adapter: Adapter | None = None
     thin: bool = False
+    listed: Mapping[str, int] | None = None

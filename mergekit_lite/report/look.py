@@ -95,14 +95,14 @@ class Look:
         return made
 
 
-def open_location(text: str, offline: bool = False, pickled: bool = False) -> Checkpoint:
+def open_location(text: str, offline: bool = False, pickled: bool = False, stream: bool = False) -> Checkpoint:
     """The checkpoint at a location as it stands on a command line: a folder, a file, or `org/name[@revision]`.
-    `pickled` allows for what `torch.save` wrote.
+    `pickled` allows for what `torch.save` wrote; `stream` downloads no weights, only headers.
 
     Raises InputError for whatever is missing, unreachable or corrupt.
     """
     location, revision = (text, None) if os.path.exists(os.path.expanduser(text)) else split_location(text)
-    return open_checkpoint(location, revision, offline=offline, pickled=pickled)
+    return open_checkpoint(location, revision, offline=offline, pickled=pickled, stream=stream)
 
 
 def look(checkpoint: Checkpoint) -> Look:
@@ -131,7 +131,7 @@ def look(checkpoint: Checkpoint) -> Look:
         vocabulary=stated(checkpoint.config, _VOCABULARY),
         hidden=stated(checkpoint.config, _HIDDEN),
         experts=_experts(checkpoint, family),
-        beside=dict(_beside(checkpoint.folder)),
+        beside=dict(_beside(checkpoint)),
         metadata=checkpoint.metadata,
         notes=checkpoint.notes,
     )
@@ -182,9 +182,11 @@ def _experts(checkpoint: Checkpoint, family: Family) -> int | None:
     return max(numbers) + 1 if numbers else stated(checkpoint.config, _EXPERTS)
 
 
-def _beside(folder: Path | None) -> Iterator[tuple[str, int]]:
-    if folder is not None:
-        for name in sorted(os.listdir(folder)):
-            path = folder / name
+def _beside(checkpoint: Checkpoint) -> Iterator[tuple[str, int]]:
+    if checkpoint.listed is not None:
+        yield from ((name, nbytes) for name, nbytes in sorted(checkpoint.listed.items()) if name.endswith(_BESIDE))
+    elif checkpoint.folder is not None:
+        for name in sorted(os.listdir(checkpoint.folder)):
+            path = checkpoint.folder / name
             if name.endswith(_BESIDE) and path.is_file():
                 yield name, path.stat().st_size

@@ -222,13 +222,13 @@ PATTERNS = st.sampled_from(
 @given(st.lists(WORDS, min_size=1, max_size=5), st.lists(PATTERNS, unique=True, max_size=4))
 def test_patterns_are_tried_as_peft_does(words: list[str], patterns: list[str]) -> None:
     """The oracle is peft's own rule: the first key for which `(.*\\.)?(key)$` matches."""
-    from mergekit_lite.checkpoint.adapter import _Numbers
+    from mergekit_lite.checkpoint.patterns import Numbers
 
     module = ".".join(words)
     numbers = {pattern: number + 1.0 for number, pattern in enumerate(patterns)}
     theirs = next((n for key, n in numbers.items() if re.match(rf"(.*\.)?({key})$", module)), 8.0)
     config = {"alpha_pattern": numbers, "lora_alpha": CONFIG["lora_alpha"]}
-    assert _Numbers(config)(module, "alpha_pattern", "lora_alpha") == theirs
+    assert Numbers(config)(module, "alpha_pattern", "lora_alpha") == theirs
 
 
 def test_patterns_that_backtrack_without_end_are_refused_before_they_are_tried(tmp_path: Path) -> None:
