@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_lite.cli import bar, options, show
+from mergekit_lite.cli.confine import check_inside
 from mergekit_lite.errors import InputError, Mark, MergeError, Problem, StoppedError, UsageError
 from mergekit_lite.redact import secret
 
@@ -38,6 +39,8 @@ def push(
     message: Annotated[
         str | None, typer.Option("--message", metavar="M", help="The commit's message.", show_default=False)
     ] = None,
+    offline: options.Offline = False,
+    sandbox: options.Sandbox = None,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
@@ -45,12 +48,14 @@ def push(
 
     It is verified first, as by `merge verify`, and nothing is sent where a file is not as its lock says. A push that
     was stopped goes on with the same command and sends only what is missing; one that finds nothing new commits
-    nothing. A model card that you have changed, here or on the Hub, is never overwritten.
+    nothing. A model card that you have changed, here or on the Hub, is never overwritten. With --offline or --sandbox
+    nothing is read or sent: both refuse.
     """
+    check_inside([output])
     wanted = _wanted(repo, private, branch, pr, message)
     from mergekit_lite import merge
 
-    done, faults = publish(output, wanted, threads or merge.default_threads())
+    done, faults = publish(output, wanted, threads or merge.default_threads(), offline)
     if json:
         show.json(as_json(done, faults))
     elif done is not None:
@@ -59,12 +64,12 @@ def push(
         raise typer.Exit(1)
 
 
-def publish(output: str, wanted: Push, threads: int) -> tuple[Pushed | None, list[str]]:
+def publish(output: str, wanted: Push, threads: int, offline: bool = False) -> tuple[Pushed | None, list[str]]:
     """Verify an output and push it as `wanted`; the faults, told already, where it is not as its lock says."""
     from mergekit_lite.publish.push import check_ready
     from mergekit_lite.publish.push import push as send
 
-    check_ready(wanted.repo)  # before gigabytes are read
+    check_ready(wanted.repo, offline)  # before gigabytes are read
     found = _verified(output, threads)
     if found.faults:
         for fault in found.faults:

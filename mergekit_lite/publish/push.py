@@ -51,11 +51,13 @@ class Pushed:
     notes: tuple[str, ...]
 
 
-def check_ready(repo: str) -> str:
-    """The token to push to `repo` with. Raises UsageError in a sandbox, offline and for what is no repository's id,
-    InputError where there is no token."""
+def check_ready(repo: str, offline: bool = False) -> str:
+    """The token to push to `repo` with. Raises UsageError in a sandbox, `offline` or where HF_HUB_OFFLINE says so, and
+    for what is no repository's id, InputError where there is no token."""
     if sandbox.current() is not None:
         raise UsageError("nothing can be pushed: a sandbox has no network", hint="push once the sandbox is left")
+    if offline:
+        raise UsageError("nothing can be pushed: the command is offline", hint="leave out `--offline`")
     if not is_hub_id(repo):
         hint = "`owner/name`, for example `me/merged`"
         raise UsageError(f"`{repo}` cannot be a repository of the Hub", hint=hint)

@@ -1,4 +1,4 @@
-"""Looking at models on the Hub: what `merge inspect` and `merge diff` fetch, and that they see what they see on disk."""
+"""Looking at models on the Hub: what `merge inspect` and `merge diff` fetch, and that they see what is seen on disk."""
 
 from __future__ import annotations
 

@@ -289,6 +289,27 @@ def test_without_network_or_token(hub: Any, merge: Merge, out: Path, monkeypatch
     assert "me/x" not in hub.repos
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--offline"], "the command is offline"),
+        (["--sandbox", "."], "a sandbox has no network"),
+        (["--sandbox", "out"], "a sandbox has no network"),
+        (["--sandbox", "elsewhere"], "`out` lies outside the sandbox"),
+    ],
+)
+def test_offline_and_the_sandbox_refuse_before_anything_is_read(
+    words: list[str], says: str, hub: Any, merge: Merge, out: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (out / "config.json").write_text("{}")  # a fault that is not told: nobody has looked
+    for more in ([], ["--json"]):
+        ran = merge("push", "out", "me/x", *words, *more)
+        assert ran.code == 2 and says in ran.out + ran.err and "config.json" not in ran.out + ran.err
+        assert "hint" in ran.out + ran.err
+    assert hub.log == []
+
+
 def test_no_token_leaves_but_in_its_header(hub: Any, merge: Merge, parents: Path, tmp_path: Path) -> None:
     canary = "hf_" + "canaryPARENT01234567"
     for name in ("math", "code"):
