@@ -219,6 +219,19 @@ def test_passing_faults_are_waited_out(hub: Any, merge: Merge, out: Path, where:
     assert made.hit or where == "/uploads/"  # an answer without a body has nothing to be cut
 
 
+def test_the_hub_is_waited_for_as_long_as_it_asks(
+    hub: Any, merge: Merge, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    hub.faults.append(fault := Fault("/commit/", status=429, times=2, headers={"Retry-After": "17"}))
+    assert merge("push", "out", "me/x").code == 0
+    assert [seconds for seconds in waits if seconds] == [17.0, 17.0] and fault.hit == 2
+    hub.faults[:] = [Fault("/preupload/", status=429, headers={"Retry-After": "43"})]
+    ran = merge("push", "out", "me/y")
+    assert ran.code == 5 and "asks for fewer requests" in ran.err and "wait 43 seconds" in ran.err
+
+
 def test_a_killed_push_goes_on(hub: Any, environment: dict[str, str], parents: Path, tmp_path: Path) -> None:
     """After a kill amid the uploads the same command sends only what is missing."""
     folder = merged(parents, tmp_path, "many", "{shard: 4KB}")
