@@ -100,8 +100,9 @@ def find_extras(
     `tokenizer`, where it is given, take the place of the donor's tokenizer.
 
     Entries that name code (`auto_map`), unless `keep_auto_map`, and entries that hold a token or a password are left
-    out of every configuration. A file with none of these is copied byte for byte. Raises InputError for a file of the
-    donor that cannot be read, is a link out of its folder, or is a configuration that is no JSON object.
+    out of every configuration, and so are notes of where files lay. A file with none of these is copied byte for byte.
+    Raises InputError for a file of the donor that cannot be read, is a link out of its folder, or is a configuration
+    that is no JSON object.
     """
     files: dict[str, Path | bytes] = {}
     coded: list[str] = []
@@ -111,7 +112,7 @@ def find_extras(
         made, code, secrets = cleaned(data, keep_auto_map)
         coded.extend(f"{name}: {key}" for key in code)
         hidden.extend(f"{name}: {key}" for key in secrets)
-        return made, bool(code or secrets)
+        return made, made != data
 
     if config:
         files["config.json"] = _json(clean("config.json", config)[0])

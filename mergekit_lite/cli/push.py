@@ -18,7 +18,7 @@ from mergekit_lite.redact import secret
 if TYPE_CHECKING:
     from mergekit_lite.plan.model import Plan
     from mergekit_lite.publish.push import Pushed
-    from mergekit_lite.recipe.model import Push, Recipe
+    from mergekit_lite.recipe.model import Push
     from mergekit_lite.report.verify import Verdict
 
 
@@ -83,7 +83,6 @@ def publish(output: str, wanted: Push, threads: int, offline: bool = False) -> t
     if not found.files:
         hint = "run the recipe again: the new lock says which files belong to the output"
         raise InputError(f"the lock in `{output}` is of an earlier version, and tells of the shards only", hint=hint)
-    _warn_of_places(found.recipe)
     done = send(found.folder, found.recipe, number, wanted)
     show.warnings([Problem(note) for note in done.notes])
     return done, []
@@ -148,20 +147,6 @@ def _wanted(repo: str, private: bool | None, branch: str | None, pr: bool, messa
     if problems:
         raise UsageError(problems)
     return Push(repo, Mark("", 0, 0), private, branch, pr, message)
-
-
-def _warn_of_places(recipe: Recipe) -> None:
-    """The lock and the recipe are published as they are, paths and all."""
-    places = [place for m in recipe.models.values() for place in (m.location, m.adapter) if place is not None]
-    places += [save.to for save in recipe.saves if save.to is not None]
-    absolute = sorted({place for place in places if place.startswith(("/", "~"))})
-    if absolute:
-        from mergekit_lite.plan.words import few
-
-        hint = "only the model card leaves them out; with relative paths in the recipe there is nothing to see"
-        show.warnings(
-            [Problem(f"recipe and lock, which are pushed too, name folders of yours: {few(absolute)}", None, hint)]
-        )
 
 
 def tell(done: Pushed) -> None:
