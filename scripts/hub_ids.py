@@ -158,9 +158,9 @@ def make_parents(folder: Path) -> dict[str, Any]:
     adapted: Any = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False))
     adapted.save_pretrained(folder / "code-lora")
     config = json.loads((folder / "code-lora" / "adapter_config.json").read_text())
-    (folder / "code-lora" / "adapter_config.json").write_text(
-        json.dumps(config | {"base_model_name_or_path": "org/base"})
-    )
+    # peft writes the modules in the order of a set, which is another one in every process.
+    config |= {"base_model_name_or_path": "org/base", "target_modules": sorted(config["target_modules"])}
+    (folder / "code-lora" / "adapter_config.json").write_text(json.dumps(config))
     made["code"] = adapted.merge_and_unload()
     # A card of peft's names the base by its folder; nothing else of it matters here.
     for path in folder.rglob("README.md"):
