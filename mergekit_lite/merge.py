@@ -131,14 +131,17 @@ def open_models(
     """The checkpoints of the models of these names; with `stream` those on the Hub by their headers alone. Raises
     InputError with the faults of all of them."""
     found: dict[str, Checkpoint] = {}
+    known: dict[tuple[str, str | None], Checkpoint] = {}  # a base of several adapters is looked at once
     problems: list[Problem] = []
     fault: MergeError | None = None
     for name in names:
         model = recipe.models[name]
         try:
             opened = Checkpoint("", None, None, {}, {}, ())
-            if model.location:
-                opened = open_checkpoint(
+            if (model.location, model.revision) in known:
+                opened = known[model.location, model.revision]
+            elif model.location:
+                opened = known[model.location, model.revision] = open_checkpoint(
                     model.location,
                     model.revision,
                     mark=model.mark,
@@ -148,7 +151,12 @@ def open_models(
                 )
             if model.adapter is not None:
                 adapter = open_adapter(
-                    model.adapter, model.adapter_revision, mark=model.mark, offline=offline, pickled=allow_pickle
+                    model.adapter,
+                    model.adapter_revision,
+                    mark=model.mark,
+                    offline=offline,
+                    pickled=allow_pickle,
+                    stream=stream,
                 )
                 opened = with_adapter(opened, adapter, model.mark)
             found[name] = opened

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite.checkpoint.header import read_header
-from mergekit_lite.checkpoint.hub import fetch, is_hub_id
+from mergekit_lite.checkpoint.hub import Listing, Unreachable, cached, fetch, fetch_beside, is_hub_id, is_offline, look
 from mergekit_lite.checkpoint.inside import inside, parse_object, read_bytes
 from mergekit_lite.checkpoint.lycoris import KINDS, config_faults, product
 from mergekit_lite.checkpoint.lycoris import key as named
 from mergekit_lite.checkpoint.meta import Adapter, Checkpoint, LowRank, Product, ShardFile, TensorMeta
 from mergekit_lite.checkpoint.patterns import MOST_STEPS, Numbers, is_number, simple, steps
 from mergekit_lite.checkpoint.pickled import read_pickled
+from mergekit_lite.checkpoint.remote import headers_at
 from mergekit_lite.errors import InputError, Mark, Problem
 
 CONFIG = "adapter_config.json"
@@ -53,17 +54,24 @@ _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "kasa")
 
 
 def open_adapter(
-    location: str, revision: str | None, *, mark: Mark | None = None, offline: bool = False, pickled: bool = False
+    location: str,
+    revision: str | None,
+    *,
+    mark: Mark | None = None,
+    offline: bool = False,
+    pickled: bool = False,
+    stream: bool = False,
 ) -> Adapter:
     """The adapter at `location`: a folder as peft's `save_pretrained` leaves it, otherwise a Hub id with `revision`.
-    `pickled` reads `adapter_model.bin` too, as plain data, where there is nothing else.
+    `pickled` reads `adapter_model.bin` too, as plain data, where there is nothing else. `stream` downloads no weights
+    that lie on the Hub as safetensors: their header is read by ranges.
 
     Raises InputError, with `mark` in every problem, for whatever is missing, unreachable, corrupt, or not a LoRA
     adapter that can be added to the weights of a base.
     """
     try:
-        folder, commit = _folder(location, revision, offline, pickled)
-        return _read(location, commit, folder, pickled)
+        folder, commit, far = _folder(location, revision, offline, pickled, stream)
+        return _read(location, commit, folder, pickled, far)
     except InputError as error:
         raise InputError([replace(problem, mark=problem.mark or mark) for problem in error.problems]) from error
 
@@ -80,7 +88,10 @@ def with_adapter(base: Checkpoint, adapter: Adapter, mark: Mark | None = None) -
     return replace(base, shards=(*base.shards, *adapter.files), notes=notes, adapter=adapter)
 
 
-def _folder(location: str, revision: str | None, offline: bool, pickled: bool) -> tuple[Path, str | None]:
+def _folder(
+    location: str, revision: str | None, offline: bool, pickled: bool, stream: bool
+) -> tuple[Path, str | None, Listing | None]:
+    """The folder, the commit, and what the Hub has there where the folder lacks the weights."""
     path = Path(os.path.abspath(os.path.expanduser(location)))
     if location and os.path.exists(path):
         if revision is not None:
@@ -88,16 +99,29 @@ def _folder(location: str, revision: str | None, offline: bool, pickled: bool) -
             raise InputError(f"`{location}` is on this disk, where there are no revisions", hint=hint)
         if not path.is_dir():
             raise InputError(f"the adapter `{location}` is not a folder", hint=f"name the folder that holds {CONFIG}")
-        return path, None
+        return path, None, None
     if not is_hub_id(location):
         hint = f"give a folder that holds {CONFIG} and {WEIGHTS}, or a Hub id such as `organisation/name`"
         raise InputError(f"there is no adapter at `{location}`", hint=hint)
-    return fetch(location, revision, offline=offline, more=(PICKLED,) if pickled else ())
-
-
-def _read(location: str, revision: str | None, folder: Path, pickled: bool) -> Adapter:
+    more = (PICKLED,) if pickled else ()
+    if not stream or is_offline(offline):
+        return *fetch(location, revision, offline=offline, more=more), None
     try:
-        names = set(os.listdir(folder))
+        seen = look(location, revision)
+    except Unreachable as error:
+        try:
+            return *fetch(location, revision, offline=True, more=more), None
+        except InputError:
+            raise error from None
+    if WEIGHTS not in seen.files:
+        return *fetch(location, seen.commit, more=more), None
+    folder = fetch_beside(location, seen.commit, [CONFIG])
+    return folder, seen.commit, None if cached(location, seen.commit, [WEIGHTS]) else seen
+
+
+def _read(location: str, revision: str | None, folder: Path, pickled: bool, far: Listing | None) -> Adapter:
+    try:
+        names = {*os.listdir(folder), *(far.files if far is not None else ())}
     except OSError as error:
         raise InputError(f"cannot read the folder `{location}`: {error.strerror}") from error
     if CONFIG not in names:
@@ -110,7 +134,9 @@ def _read(location: str, revision: str | None, folder: Path, pickled: bool) -> A
     problems = _unreadable(location, config)
     if problems:
         raise InputError(problems)
-    if WEIGHTS in names:
+    if far is not None:
+        (header,) = headers_at(location, far, [WEIGHTS])
+    elif WEIGHTS in names:
         header = read_header(inside(folder, WEIGHTS), os.path.join(location, WEIGHTS))
     elif PICKLED in names and pickled:
         header = read_pickled(inside(folder, PICKLED), os.path.join(location, PICKLED))

@@ -1,4 +1,5 @@
-"""A parent's configurations without what is not to reach an output: entries that name code, and secrets. No torch."""
+"""A parent's configurations without what is not to reach an output: entries that name code, secrets, and notes of where
+files lay. No torch."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ _MAX_BYTES = 64 * 2**20
 
 def cleaned(config: Mapping[str, Any], keep_code: bool) -> tuple[dict[str, Any], list[str], list[str]]:
     """A copy of `config`; the dotted paths of entries that were left out since they name code, and of those that hold a
-    secret."""
+    secret. Notes of where a file lay on the machine of whoever saved it are left out without a word."""
     made, code = ({**config}, []) if keep_code else _without_code(config)
-    made, hidden = redact.cleaned(made)
+    made, hidden = redact.cleaned(_without_places(made))
     return made, code, hidden
 
 
@@ -73,6 +74,21 @@ def _without_code(value: Any, path: str = "") -> tuple[Any, list[str]]:
         pairs = [_without_code(entry, f"{path}[{place}]") for place, entry in enumerate(value)]
         return [entry for entry, _ in pairs], [name for _, names in pairs for name in names]
     return value, found
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_places(v) for k, v in value.items() if not (_is_note(str(k)) and _is_absolute(v))}
+    return [_without_places(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _is_note(key: str) -> bool:
+    """Whether transformers or tokenizers write under such a key from where they have read something."""
+    return key.endswith(("name_or_path", "_file", "_path"))
+
+
+def _is_absolute(value: Any) -> bool:
+    return isinstance(value, str) and (value.startswith(("/", "~/")) or value[1:3] in (":\\", ":/"))
 
 
 def _has_class(model_type: str) -> bool:

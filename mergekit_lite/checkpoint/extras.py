@@ -115,8 +115,9 @@ def find_extras(
     components name the dtype that `dtypes` has for their folder.
 
     Entries that name code (`auto_map`), unless `keep_auto_map`, and entries that hold a token or a password are left
-    out of every configuration. A file with none of these is copied byte for byte. Raises InputError for a file of the
-    donor that cannot be read, is a link out of its folder, or is a configuration that is no JSON object.
+    out of every configuration, and so are notes of where files lay. A file with none of these is copied byte for byte.
+    Raises InputError for a file of the donor that cannot be read, is a link out of its folder, or is a configuration
+    that is no JSON object.
     """
     files: dict[str, Path | bytes] = {}
     coded: list[str] = []
@@ -126,7 +127,7 @@ def find_extras(
         made, code, secrets = cleaned(data, keep_auto_map)
         coded.extend(f"{name}: {key}" for key in code)
         hidden.extend(f"{name}: {key}" for key in secrets)
-        return made, bool(code or secrets)
+        return made, made != data
 
     configs = {"config.json": config}
     for part in donor.form.parts if donor.form is not None else ():

@@ -17,9 +17,9 @@ from mergekit_lite.checkpoint.inside import inside, read_object
 from mergekit_lite.checkpoint.listing import CONVERT, INDEX, KINDS, PICKLED, PICKLES, Listing, few
 from mergekit_lite.checkpoint.listing import AdapterFound as AdapterFound
 from mergekit_lite.checkpoint.masks import split_task, with_masks
-from mergekit_lite.checkpoint.meta import Checkpoint, Remote, TensorMeta
+from mergekit_lite.checkpoint.meta import Checkpoint, TensorMeta
 from mergekit_lite.checkpoint.quantized import with_numbers
-from mergekit_lite.checkpoint.remote import read_headers
+from mergekit_lite.checkpoint.remote import headers_at
 from mergekit_lite.errors import InputError, Mark, Problem, did_you_mean
 
 _MAX_CONFIG_BYTES = 16 * 2**20
@@ -156,14 +156,12 @@ def _open_hub(location: str, revision: str | None, pickled: bool, stream: bool) 
     if set(more) - set(first):
         folder = fetch_beside(location, seen.commit, more)
     chosen = choose_all(folder, files, location, pickled)
+    listed = {name: file.nbytes for name, file in seen.files.items() if "/" not in name}
     if stream and not chosen.pickled:
         if cached(location, seen.commit, chosen.files):
-            return replace(_read(location, seen.commit, folder, chosen, str(folder)), thin=True)
-        headers = read_headers(
-            (Remote(location, seen.commit, n, seen.files[n].etag, seen.files[n].large), seen.files[n].nbytes)
-            for n in chosen.files
-        )
-        return replace(_checkpoint(location, seen.commit, folder, chosen, headers), thin=True)
+            return replace(_read(location, seen.commit, folder, chosen, str(folder)), thin=True, listed=listed)
+        headers = headers_at(location, seen, chosen.files)
+        return replace(_checkpoint(location, seen.commit, folder, chosen, headers), thin=True, listed=listed)
     if stream:
         note = Problem(f"`{location}` holds pickled weights, which cannot be read in parts: it was downloaded whole")
         chosen = replace(chosen, notes=(*chosen.notes, note))

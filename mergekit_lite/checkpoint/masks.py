@@ -17,7 +17,7 @@ from mergekit_lite.checkpoint.header import Header, read_header
 from mergekit_lite.checkpoint.hub import look
 from mergekit_lite.checkpoint.inside import inside, is_plain_name
 from mergekit_lite.checkpoint.meta import BIT, MERGEABLE, Checkpoint, Masks, Remote, TensorMeta
-from mergekit_lite.checkpoint.remote import read_headers
+from mergekit_lite.checkpoint.remote import headers_at
 from mergekit_lite.errors import InputError, did_you_mean
 
 MULTI = "multi_task"
@@ -52,10 +52,7 @@ def with_masks(store: Checkpoint, task: str) -> Checkpoint:
     wanted = [MULTI_FILE, mask_file(task)]
     remote = _remote(store)
     if remote is not None:
-        files = look(remote.repo, remote.commit).files
-        multi, used = read_headers(
-            (Remote(remote.repo, remote.commit, n, files[n].etag, files[n].large), files[n].nbytes) for n in wanted
-        )
+        multi, used = headers_at(remote.repo, look(remote.repo, remote.commit), wanted)
     else:
         multi, used = (_header(store, name) for name in wanted)
     vector = dict(_named(multi, MULTI, store))
@@ -69,9 +66,8 @@ def with_masks(store: Checkpoint, task: str) -> Checkpoint:
 
 def tasks_of(store: Checkpoint) -> list[str]:
     """The tasks of a mask store, in order; none where it is none."""
-    remote = _remote(store)
-    if remote is not None:
-        names = sorted(look(remote.repo, remote.commit).files)
+    if store.listed is not None:
+        names = sorted(store.listed)
     else:
         names = sorted(os.listdir(store.folder)) if store.folder is not None else []
     tasks = [name[5:-12] for name in names if name.startswith("mask-") and name.endswith(".safetensors")]

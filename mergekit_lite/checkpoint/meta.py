@@ -239,8 +239,9 @@ class Checkpoint:
     `folder` is where config.json and the tokenizer files lie. `notes` are findings that do not stop a merge but that a
     person may want to see, such as tensors on disk that the index leaves out. With an `adapter`, `tensors` are the
     base's, to which it is added when they are read, and `shards` hold its files too; so it is with `masks`. Where
-    `thin`, the folder lies in the Hub's cache and may lack files beside config.json, which `hub.fetch_beside` fetches.
-    `form` is None for the layout of transformers.
+    `thin`, the folder lies in the Hub's cache and may lack files beside config.json, which `hub.fetch_beside` fetches;
+    `listed` are the files that the Hub has there, with their sizes in bytes. `form` is None for the layout of
+    transformers.
     """
 
     location: str
@@ -253,6 +254,7 @@ class Checkpoint:
     notes: tuple[Problem, ...] = ()
     adapter: Adapter | None = None
     thin: bool = False
+    listed: Mapping[str, int] | None = None
     masks: Masks | None = None
     form: Form | None = None
 

@@ -15,10 +15,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from mergekit_lite.checkpoint.closing import Closing
 from mergekit_lite.checkpoint.meta import ShardFile, TensorMeta
+from mergekit_lite.checkpoint.source import Source
 from mergekit_lite.errors import InputError, StoppedError
-from mergekit_lite.lazy import torch
 from mergekit_lite.limits import OPEN_FILES
 
 MAX_OPEN_FILES = 64
@@ -41,7 +40,7 @@ class _OpenFile:
     users: int = 0
 
 
-class Reader(Closing):
+class Reader(Source):
     """Reads from the given shards, each of which must be what it was when its header was read.
 
     Keeps at most `max_open` files open, more only while as many threads read at once. Use it as a context manager.
@@ -61,14 +60,6 @@ class Reader(Closing):
             self._closed = True
             self._drop_idle(0)
 
-    def abort(self) -> None:
-        """Nothing: a disk lets nobody wait for long. Others of this interface end what waits."""
-
-    @property
-    def fetched(self) -> int:
-        """Bytes that came over a network: none."""
-        return 0
-
     def check(self) -> None:
         """Raises InputError where a file is not what it was when its header was read."""
         for shard in self._shards.values():
@@ -80,32 +71,6 @@ class Reader(Closing):
         """Files whose size and mtime stayed and whose ctime did not, between the first look at them and the latest:
         only their rights, links or names changed, or their bytes did and the mtime was set back."""
         return tuple(path for path, (first, latest) in self._ctimes.items() if first != latest)
-
-    def read(self, meta: TensorMeta, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Elements [start, stop) of the flattened tensor, 1-D in its dtype, which must be one of TORCH_DTYPES.
-
-        `out`, where given, is a contiguous CPU tensor of that dtype and of `stop - start` elements; it is filled and
-        returned. Raises InputError where the file changed or cannot be read.
-        """
-        # Copies need no torch, and its import takes longer than many of them.
-        from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
-
-        dtype = TORCH_DTYPES[meta.dtype]
-        if not 0 <= start <= stop <= meta.numel:
-            raise ValueError(f"elements [{start}, {stop}) of a tensor of {meta.numel}")
-        if out is None:
-            out = torch.empty(stop - start, dtype=dtype)
-        elif out.dtype != dtype or out.numel() != stop - start or not out.is_contiguous() or out.device.type != "cpu":
-            raise ValueError(f"`out` is no contiguous CPU tensor of {stop - start} elements of {dtype}")
-        if meta.packed is not None:
-            from mergekit_lite.checkpoint.unpack import Unpacker
-
-            return out.view(-1).copy_(Unpacker(self).load(meta, start, stop))
-        if stop > start:
-            size = dtype.itemsize
-            buffer = out.view(-1).view(torch.uint8).numpy().data  # as bytes, since numpy lacks BF16 and FP8
-            self.read_bytes(meta, start * size, stop * size, buffer)
-        return out
 
     def read_bytes(self, meta: TensorMeta, start_byte: int, stop_byte: int, buffer: memoryview) -> None:
         """Fills `buffer`, writable and of `stop_byte - start_byte` bytes, with that range of the tensor's bytes.

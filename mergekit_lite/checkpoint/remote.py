@@ -9,42 +9,58 @@ fetched once too. No torch.
 
 from __future__ import annotations
 
-import os
-import tempfile
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
-from mergekit_lite.checkpoint.closing import Closing
 from mergekit_lite.checkpoint.header import Header, header_of, header_text, text_digest
+from mergekit_lite.checkpoint.hub import Listing
 from mergekit_lite.checkpoint.meta import Remote, ShardFile, TensorMeta
 from mergekit_lite.checkpoint.ranges import RangeFile
 from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.checkpoint.source import Source
+from mergekit_lite.checkpoint.spool import Key, Spool
 
+T = TypeVar("T")
+U = TypeVar("U")
 AHEAD = 1 << 24  # bytes held for each thread, those fetched ahead included
 _LEAST, _MOST = 1 << 18, 1 << 22  # bytes of a block
 _GUESS = 1 << 16  # bytes fetched of a file for its header; more where the header is longer
 _TOGETHER = 8  # headers that are fetched at once
 
-_Key = tuple[str, int]  # a file and the number of a block in it
-
 
 def read_headers(files: Iterable[tuple[Remote, int]]) -> list[Header]:
     """The headers of files on the Hub, given with their sizes in bytes, in their order. Raises InputError."""
-    wanted = list(files)
+    wanted, stop = list(files), threading.Event()
 
     def text(file: tuple[Remote, int]) -> bytes:
-        return header_text(_Beginning(RangeFile(*file)), file[1], file[0].path)
+        return header_text(_Beginning(RangeFile(*file, stop)), file[1], file[0].path)
 
-    with ThreadPoolExecutor(_TOGETHER) as pool:
-        texts = list(pool.map(text, wanted))
+    texts = _together(text, wanted, stop)
     return [
         header_of(text, ShardFile(remote.path, nbytes, 0, text_digest(text), remote), remote.path)
         for (remote, nbytes), text in zip(wanted, texts, strict=True)
     ]
+
+
+def headers_at(repo: str, seen: Listing, names: Iterable[str]) -> list[Header]:
+    """The headers of these files of a model, of which `seen` is what the Hub says. Raises InputError."""
+    files = [(name, seen.files[name]) for name in names]
+    return read_headers((Remote(repo, seen.commit, name, f.etag, f.large), f.nbytes) for name, f in files)
+
+
+def _together(work: Callable[[T], U], items: Iterable[T], stop: threading.Event) -> list[U]:
+    """`work` of all items, some at once. An error, or Ctrl-C, sets `stop`: nobody is to wait for the network then."""
+    with ThreadPoolExecutor(_TOGETHER) as pool:
+        try:
+            return list(pool.map(work, items))
+        except BaseException:
+            stop.set()
+            raise
 
 
 class _Beginning:
@@ -66,7 +82,7 @@ class _Beginning:
         return part
 
 
-class RemoteReader(Closing):
+class RemoteReader(Source):
     """Reads from files on the Hub. `threads` read at once, each from up to `streams` places in turn. `spool` bytes of
     the folder `beside` hold what does not fit into memory. A context manager; the interface is that of Reader."""
 
@@ -77,10 +93,10 @@ class RemoteReader(Closing):
         self._files = {s.path: RangeFile(s.remote, s.nbytes, self._stop) for s in shards if s.remote is not None}
         self._size = block_size(streams)
         self._most = threads * held(streams) // self._size
-        self._blocks: OrderedDict[_Key, Future[memoryview]] = OrderedDict()  # the least recently used first
+        self._blocks: OrderedDict[Key, Future[memoryview]] = OrderedDict()  # the least recently used first
         self._lock = threading.Lock()
         self._ahead = ThreadPoolExecutor(threads, "ahead")
-        self._spool: _Spool | None = None
+        self._spool: Spool | None = None
         self._spool_bytes, self._beside = (spool if beside is not None else 0), beside
 
     def close(self) -> None:
@@ -103,8 +119,7 @@ class RemoteReader(Closing):
 
     def check(self) -> None:
         """Raises InputError where a file is not what it was when its header was read, or cannot be had."""
-        with ThreadPoolExecutor(_TOGETHER) as pool:
-            list(pool.map(RangeFile.check, self._files.values()))
+        _together(RangeFile.check, self._files.values(), self._stop)
 
     def read_bytes(self, meta: TensorMeta, start_byte: int, stop_byte: int, buffer: memoryview) -> None:
         """Fills `buffer`, writable and of `stop_byte - start_byte` bytes, with that range of the tensor's bytes.
@@ -131,15 +146,15 @@ class RemoteReader(Closing):
                 part[:] = block.result()[within : within + count]
             at += count
 
-    def _opened_spool(self) -> _Spool | None:
+    def _opened_spool(self) -> Spool | None:
         """The spool, made once the run has made its folder."""
         with self._lock:
             if self._spool is None and self._spool_bytes and self._beside is not None and self._beside.is_dir():
                 with suppress(OSError):
-                    self._spool = _Spool(self._beside, self._size, self._spool_bytes)
+                    self._spool = Spool(self._beside, self._size, self._spool_bytes)
             return self._spool
 
-    def _begin(self, key: _Key) -> None:
+    def _begin(self, key: Key) -> None:
         """Have a block fetched, unless it is there."""
         if self._spool is not None and self._spool.holds(key):
             return
@@ -147,7 +162,7 @@ class RemoteReader(Closing):
         if mine:
             self._ahead.submit(self._fill, key, block)
 
-    def _take(self, key: _Key) -> tuple[Future[memoryview], bool]:
+    def _take(self, key: Key) -> tuple[Future[memoryview], bool]:
         """The block, and whether the caller is to fill it."""
         with self._lock:
             block = self._blocks.get(key)
@@ -161,7 +176,7 @@ class RemoteReader(Closing):
                     del self._blocks[idle]
             return block, True
 
-    def _fill(self, key: _Key, block: Future[memoryview]) -> None:
+    def _fill(self, key: Key, block: Future[memoryview]) -> None:
         path, number = key
         try:
             file = self._files[path]
@@ -178,68 +193,8 @@ class RemoteReader(Closing):
             block.set_result(data)
 
 
-class _Spool:
-    """Blocks of `size` bytes in a file without a name, `nbytes` at most, the latest used. Where the disk is full it
-    holds none. For any number of threads."""
-
-    def __init__(self, folder: Path, size: int, nbytes: int):
-        found = os.statvfs(folder)
-        room = found.f_bavail * found.f_frsize // 2  # the rest is for whoever else writes there
-        self._size, self._most = size, min(-(-nbytes // size), room // size)
-        self._file = tempfile.TemporaryFile(dir=folder, prefix="spool.")  # noqa: SIM115
-        self._slots: OrderedDict[_Key, int] = OrderedDict()
-        self._written: set[int] = set()  # slots that are being written
-        self._readers: Counter[int] = Counter()  # by slot
-        self._lock = threading.Lock()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def holds(self, key: _Key) -> bool:
-        return key in self._slots
-
-    def read(self, key: _Key, within: int, data: memoryview) -> bool:
-        """Fills `data` with the bytes of a block from byte `within` on, if the block is there."""
-        with self._lock:
-            slot = self._slots.get(key)
-            if slot is None or slot in self._written:
-                return False
-            self._slots.move_to_end(key)
-            self._readers[slot] += 1
-        try:
-            return os.preadv(self._file.fileno(), [data], slot * self._size + within) == len(data)
-        except OSError:
-            return False
-        finally:
-            with self._lock:
-                self._readers[slot] -= 1
-
-    def write(self, key: _Key, data: memoryview) -> None:
-        with self._lock:
-            if key in self._slots:
-                return
-            slot = len(self._slots)
-            if slot >= self._most:
-                free = (k for k, s in self._slots.items() if s not in self._written and not self._readers[s])
-                old = next(free, None)
-                if old is None:
-                    return
-                slot = self._slots.pop(old)
-            self._slots[key] = slot
-            self._written.add(slot)
-        whole = False
-        with suppress(OSError):
-            whole = os.pwrite(self._file.fileno(), data, slot * self._size) == len(data)
-        with self._lock:
-            self._written.discard(slot)
-            if not whole:
-                self._slots.pop(key, None)
-                self._most = 0
-
-
-class Inputs(Closing):
-    """All files of a plan, whether they lie on this disk or on the Hub. A context manager; the interface is that of
-    Reader."""
+class Inputs(Source):
+    """Files of which some lie on this disk and some on the Hub."""
 
     def __init__(self, local: Reader, remote: RemoteReader):
         self._local, self._remote = local, remote
@@ -266,7 +221,7 @@ class Inputs(Closing):
         self._remote.check()
 
     def read_bytes(self, meta: TensorMeta, start_byte: int, stop_byte: int, buffer: memoryview) -> None:
-        source: Reader | RemoteReader = self._remote if meta.file in self._far else self._local
+        source: Source = self._remote if meta.file in self._far else self._local
         source.read_bytes(meta, start_byte, stop_byte, buffer)
 
 

@@ -55,6 +55,7 @@ def diff(
         bool,
         typer.Option("--directions", help="Compare singular directions too, which decomposes every matrix."),
     ] = False,
+    fetch: options.Fetch = options.Source.cache,
     offline: options.Offline = False,
     threads: options.Threads = None,
     sandbox: options.Sandbox = None,
@@ -72,7 +73,8 @@ def diff(
     from mergekit_lite.report.look import open_location
 
     check_inside([a, b])
-    left, right = open_location(a, offline), open_location(b, offline)
+    stream = fetch is options.Source.stream
+    left, right = (open_location(side, offline, stream=stream) for side in (a, b))
     with bar.reading("compare", sum(meta.nbytes for meta in left.tensors.values())) as advance:
         found = compare(left, right, tolerance=tolerance, threads=threads or merge.default_threads(), advance=advance)
     ranked = found.ranked(sort.value, everything)

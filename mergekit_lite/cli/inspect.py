@@ -35,6 +35,7 @@ def inspect(
         bool, typer.Option("--spaces", help="List what may be permuted: hidden units, heads, experts, residual stream.")
     ] = False,
     family: options.Family = None,
+    fetch: options.Fetch = options.Source.cache,
     offline: options.Offline = False,
     allow_pickle: options.AllowPickle = False,
     threads: options.Threads = None,
@@ -43,7 +44,8 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds: family, layers, sizes, dtypes, tied tensors.
 
-    Reads headers and config.json only, unless --stats is given. Statistics are those of the finite numbers, in float64;
+    Reads headers and config.json only, unless --stats is given: of models on the Hub too, which --stats downloads, or
+    with `--fetch stream` reads in parts. Statistics are those of the finite numbers, in float64;
     std is that of the whole population. Of a LoRA adapter it shows what it changes, and how much. Spaces follow from
     the model type in config.json, or from a family file.
     """
@@ -54,7 +56,7 @@ def inspect(
 
     check_inside([checkpoint], family)
     try:
-        opened = open_location(checkpoint, offline, allow_pickle)
+        opened = open_location(checkpoint, offline, allow_pickle, not stats or fetch is options.Source.stream)
     except AdapterFound:
         if spaces or family:
             raise UsageError("an adapter has no spaces", hint="inspect the model that it was made for") from None

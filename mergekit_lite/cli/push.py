@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_lite.cli import bar, options, show
+from mergekit_lite.cli.confine import check_inside
 from mergekit_lite.errors import InputError, Mark, MergeError, Problem, StoppedError, UsageError
 from mergekit_lite.redact import secret
 
 if TYPE_CHECKING:
     from mergekit_lite.plan.model import Plan
     from mergekit_lite.publish.push import Pushed
-    from mergekit_lite.recipe.model import Push, Recipe
+    from mergekit_lite.recipe.model import Push
     from mergekit_lite.report.verify import Verdict
 
 
@@ -38,6 +39,8 @@ def push(
     message: Annotated[
         str | None, typer.Option("--message", metavar="M", help="The commit's message.", show_default=False)
     ] = None,
+    offline: options.Offline = False,
+    sandbox: options.Sandbox = None,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
@@ -45,12 +48,14 @@ def push(
 
     It is verified first, as by `merge verify`, and nothing is sent where a file is not as its lock says. A push that
     was stopped goes on with the same command and sends only what is missing; one that finds nothing new commits
-    nothing. A model card that you have changed, here or on the Hub, is never overwritten.
+    nothing. A model card that you have changed, here or on the Hub, is never overwritten. With --offline or --sandbox
+    nothing is read or sent: both refuse.
     """
+    check_inside([output])
     wanted = _wanted(repo, private, branch, pr, message)
     from mergekit_lite import merge
 
-    done, faults = publish(output, wanted, threads or merge.default_threads())
+    done, faults = publish(output, wanted, threads or merge.default_threads(), offline)
     if json:
         show.json(as_json(done, faults))
     elif done is not None:
@@ -59,12 +64,12 @@ def push(
         raise typer.Exit(1)
 
 
-def publish(output: str, wanted: Push, threads: int) -> tuple[Pushed | None, list[str]]:
+def publish(output: str, wanted: Push, threads: int, offline: bool = False) -> tuple[Pushed | None, list[str]]:
     """Verify an output and push it as `wanted`; the faults, told already, where it is not as its lock says."""
     from mergekit_lite.publish.push import check_ready
     from mergekit_lite.publish.push import push as send
 
-    check_ready(wanted.repo)  # before gigabytes are read
+    check_ready(wanted.repo, offline)  # before gigabytes are read
     found = _verified(output, threads)
     if found.faults:
         for fault in found.faults:
@@ -78,7 +83,6 @@ def publish(output: str, wanted: Push, threads: int) -> tuple[Pushed | None, lis
     if not found.files:
         hint = "run the recipe again: the new lock says which files belong to the output"
         raise InputError(f"the lock in `{output}` is of an earlier version, and tells of the shards only", hint=hint)
-    _warn_of_places(found.recipe)
     done = send(found.folder, found.recipe, number, wanted)
     show.warnings([Problem(note) for note in done.notes])
     return done, []
@@ -143,20 +147,6 @@ def _wanted(repo: str, private: bool | None, branch: str | None, pr: bool, messa
     if problems:
         raise UsageError(problems)
     return Push(repo, Mark("", 0, 0), private, branch, pr, message)
-
-
-def _warn_of_places(recipe: Recipe) -> None:
-    """The lock and the recipe are published as they are, paths and all."""
-    places = [place for m in recipe.models.values() for place in (m.location, m.adapter) if place is not None]
-    places += [save.to for save in recipe.saves if save.to is not None]
-    absolute = sorted({place for place in places if place.startswith(("/", "~"))})
-    if absolute:
-        from mergekit_lite.plan.words import few
-
-        hint = "only the model card leaves them out; with relative paths in the recipe there is nothing to see"
-        show.warnings(
-            [Problem(f"recipe and lock, which are pushed too, name folders of yours: {few(absolute)}", None, hint)]
-        )
 
 
 def tell(done: Pushed) -> None:

@@ -36,9 +36,10 @@ def build_alignment(
     settings = {p.name: _setting(step, p.name, p.default) for p in method.params if not p.per_input}
     inverted = bool(settings.get("invert"))
     found = builder.orders.get(settings.get("from") or "")
+    called = [builder.called.get(source.name, source.name) for source in sources]
     try:
         if found is None:
-            alignment = _alignment(step, settings, sources, named)
+            alignment = replace(_alignment(step, settings, sources, named), labels=tuple(called))
         else:
             alignment, other = found
             inverted = inverted != other

@@ -30,6 +30,7 @@ from mergekit_lite.plan.transplant import build_transplant, conflict, without_ro
 from mergekit_lite.plan.vocabulary import models_named, remap
 from mergekit_lite.recipe.links import unused_steps
 from mergekit_lite.recipe.model import Recipe, Ref, Step
+from mergekit_lite.recipe.places import published
 from mergekit_lite.recipe.value import Curve, Value
 
 
@@ -87,7 +88,7 @@ def _build(
 ) -> Plan:
     methods = all_methods()
     problems: list[Problem] = []
-    builder = Builder(recipe.seed)
+    builder = Builder(recipe.seed, published(recipe))
     tied: list[tuple[TensorMeta, TensorMeta]] = []
     tables: dict[str, Table] = {}
     families: list[tuple[Checkpoint, Family]] = []

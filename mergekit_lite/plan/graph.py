@@ -81,9 +81,11 @@ class _Program:
 
 @dataclass
 class Builder:
-    """Makes the nodes of one plan."""
+    """Makes the nodes of one plan. `called` says what names of models that are paths stand for in what others see, and
+    in what depends on names."""
 
     seed: int
+    called: Mapping[str, str] = field(default_factory=dict)
     pools: dict[str, list[Node]] = field(default_factory=dict)
     alignments: dict[str, Alignment] = field(default_factory=dict)
     # By step: the alignment whose order its tensors have, and whether that is undone.

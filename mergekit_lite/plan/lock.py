@@ -25,6 +25,7 @@ from mergekit_lite.recipe.model import Recipe
 from mergekit_lite.recipe.write import dump, to_yaml
 
 NAME = "recipe.lock.yaml"
+NOTE = "# What this run read and wrote. `merge run` on this file makes the same bytes or says what changed."
 Errors = Mapping[str, Mapping[str, tuple[float, float]]]
 _SEAL = re.compile(rb"# blake3: ([0-9a-f]{64})\n")
 
@@ -68,8 +69,7 @@ def lock_text(
             for output in plan.outputs
         ],
     }
-    note = "# What this run read and wrote. `merge run` on this file makes the same bytes or says what changed."
-    return sealed(f"{head}\n{note}\n{dump({'lock': lock})}")
+    return sealed(f"{head}\n{NOTE}\n{dump({'lock': lock})}")
 
 
 def made_with(recipe: Recipe) -> dict[str, str]:

@@ -21,7 +21,8 @@ from mergekit_lite.plan.quantize import in_fp8
 from mergekit_lite.plan.vocabulary import Remapped, beside
 from mergekit_lite.recipe.links import final_step
 from mergekit_lite.recipe.model import Recipe, Ref, Save
-from mergekit_lite.recipe.write import to_yaml
+from mergekit_lite.recipe.places import in_header
+from mergekit_lite.recipe.write import dump
 
 
 def saved_name(recipe: Recipe, save: Save) -> str:
@@ -53,10 +54,10 @@ def make_outputs(
         table = tables.get(step)
         if table is None:
             continue
-        # Folder and repository stay out of the shards: the same merge gives the same bytes wherever it is put. Commits
-        # go in: a lock, which names them, gives the same bytes again.
+        # Folders and repository stay out of the shards: the same merge gives the same bytes wherever it is put and
+        # wherever its inputs lie. Commits go in: a lock, which names them, gives the same bytes again.
         saved = replace(save, step=Ref(step, save.mark), to=None, push=None)
-        text = to_yaml(replace(pinned(recipe, checkpoints), saves=(saved,)))
+        text = dump(in_header(replace(pinned(recipe, checkpoints), saves=(saved,))))
         faults = list(output_faults(step, table, save)) if table.nodes else []
         if faults:
             problems += faults

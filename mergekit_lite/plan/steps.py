@@ -71,7 +71,7 @@ def build_step(
         return empty, problems
 
     faults = Faults()
-    labels = _labels([*sources, *([base] if base else []), *further])
+    labels = labels_of(builder, [*sources, *([base] if base else []), *further])
     unfit = _Unfit(sources, base, faults)
     nodes: dict[str, Node] = {}
     dtypes: dict[str, str] = {}
@@ -147,13 +147,15 @@ def idle_globs(step: Step, table: Table) -> list[Problem]:
     ]
 
 
-def _labels(sources: Sequence[Source]) -> list[str]:
-    """The inputs' names, `a`, `b`, `a#2` where a name comes twice: they key the random masks."""
+def labels_of(builder: Builder, sources: Sequence[Source]) -> list[str]:
+    """The inputs' names, `a`, `b`, `a#2` where a name comes twice: they key the random masks. A name that is a path of
+    this machine is what stands for it elsewhere, so that a published lock draws the same masks."""
     seen: dict[str, int] = {}
     labels = []
     for source in sources:
-        seen[source.name] = seen.get(source.name, 0) + 1
-        labels.append(source.name if seen[source.name] == 1 else f"{source.name}#{seen[source.name]}")
+        name = builder.called.get(source.name, source.name)
+        seen[name] = seen.get(name, 0) + 1
+        labels.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
     return labels
 
 

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from mergekit_lite.checkpoint.retry import LONGEST_TOLD, told_wait
 from mergekit_lite.errors import InputError, MergeError, StoppedError
 
 T = TypeVar("T")
 WAITS = (1.0, 2.0, 4.0)  # seconds before an answer that may change is asked for again
 _PASSING = frozenset({408, 429, 500, 502, 503, 504})
 _LOGIN = "run `hf auth login` with a token of the kind `write`, or set HF_TOKEN"
+_TOLD = re.compile(r"HTTP status (?:client|server) error \((\d{3})\b")
 _AGAIN = "`merge push` again sends only what is missing"
 _TRANSPORT = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 
@@ -23,7 +25,17 @@ def status_of(error: BaseException) -> int | None:
         status = getattr(getattr(one, "response", None), "status_code", None)
         if isinstance(status, int):
             return status
+        # hf_xet, which the client sends large files with, has the status in its words alone.
+        told = _TOLD.search(str(one)) if isinstance(one, ConnectionError | RuntimeError) else None
+        if told is not None:
+            return int(told[1])
     return None
+
+
+def wait_of(error: BaseException) -> float | None:
+    """Seconds that the Hub asks to wait before the next request; None where it does not say."""
+    told = (told_wait(getattr(getattr(one, "response", None), "headers", {})) for one in _chain(error))
+    return next((seconds for seconds in told if seconds is not None), None)
 
 
 def is_cut(error: BaseException) -> bool:
@@ -35,14 +47,15 @@ def is_cut(error: BaseException) -> bool:
 
 
 def patiently(action: Callable[[], T], *, cut: bool = True) -> T:
-    """What `action` gives, tried again where the Hub is busy or, with `cut`, the connection fails."""
+    """What `action` gives, tried again where the Hub is busy or, with `cut`, the connection fails; not before the time
+    that the Hub asks to wait."""
     for wait in WAITS:
         try:
             return action()
         except Exception as error:
             if status_of(error) not in _PASSING and not (cut and is_cut(error)):
                 raise
-            time.sleep(wait)
+            time.sleep(max(wait, min(wait_of(error) or 0.0, LONGEST_TOLD)))
     return action()
 
 
@@ -62,7 +75,9 @@ def explained(error: BaseException, repo: str) -> MergeError:
         hint = "someone else has pushed meanwhile: look at the repository, then push again"
         return StoppedError(f"`{repo}` has changed during the push", hint=hint)
     if status == 429:
-        return StoppedError("the Hub asks for fewer requests", hint=f"wait some minutes; {_AGAIN}")
+        seconds = wait_of(error)
+        while_ = "some minutes" if seconds is None else f"{seconds:.0f} seconds, as it asks"
+        return StoppedError("the Hub asks for fewer requests", hint=f"wait {while_}; {_AGAIN}")
     if status is not None and status >= 500:
         hint = f"it may be better in a while (status.huggingface.co tells); {_AGAIN}"
         return StoppedError(f"the Hub has a fault of its own: it answered {status}", hint=hint)

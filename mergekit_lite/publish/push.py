@@ -24,6 +24,7 @@ from mergekit_lite.plan.words import few
 from mergekit_lite.publish import card
 from mergekit_lite.publish.answers import explained, is_cut, patiently, status_of
 from mergekit_lite.publish.parents import Card, lineage
+from mergekit_lite.publish.shared import shared, told
 from mergekit_lite.recipe.model import Push, Recipe
 from mergekit_lite.recipe.read import parse
 
@@ -51,11 +52,13 @@ class Pushed:
     notes: tuple[str, ...]
 
 
-def check_ready(repo: str) -> str:
-    """The token to push to `repo` with. Raises UsageError in a sandbox, offline and for what is no repository's id,
-    InputError where there is no token."""
+def check_ready(repo: str, offline: bool = False) -> str:
+    """The token to push to `repo` with. Raises UsageError in a sandbox, `offline` or where HF_HUB_OFFLINE says so, and
+    for what is no repository's id, InputError where there is no token."""
     if sandbox.current() is not None:
         raise UsageError("nothing can be pushed: a sandbox has no network", hint="push once the sandbox is left")
+    if offline:
+        raise UsageError("nothing can be pushed: the command is offline", hint="leave out `--offline`")
     if not is_hub_id(repo):
         hint = "`owner/name`, for example `me/merged`"
         raise UsageError(f"`{repo}` cannot be a repository of the Hub", hint=hint)
@@ -105,7 +108,10 @@ class _Push:
         head = str(patiently(lambda: self.api.repo_info(self.to.repo, revision=self.branch)).sha)
         there = self._tree(head)
         text = card.render(self.folder, self.recipe, self.number, ask=self._ask, repo=self.to.repo)
-        files = self._files(text, head, there)
+        changed_here = shared(self.folder, self.recipe, self.number)
+        if changed_here.places:
+            self.notes.append(f"folders of yours are pushed by their names alone: {told(changed_here.places)}")
+        files = self._files(text, changed_here.texts, head, there)
         removed = self._stale(head, there)
         self._check_foreign(there, removed)
         changed = [file for file in files if not _same(file, there.get(file.path_in_repo))]
@@ -161,15 +167,18 @@ class _Push:
             return None
         return None if found is None else vars(found)
 
-    def _files(self, text: str, head: str, there: Mapping[str, Any]) -> list[CommitOperationAdd]:
-        """What the repository is to hold: the files of the output, and the card unless it is the user's there."""
+    def _files(
+        self, text: str, texts: Mapping[str, bytes], head: str, there: Mapping[str, Any]
+    ) -> list[CommitOperationAdd]:
+        """What the repository is to hold: the files of the output, some with other `texts`, and the card unless it is
+        the user's there."""
         from huggingface_hub import CommitOperationAdd
 
         own = self.folder / card.CARD
         mine = text.encode()
         if own.is_file() and not card.is_ours(own.read_bytes()):
             mine = own.read_bytes()
-        files = [CommitOperationAdd(name, str(self.folder / name)) for name in self.names]
+        files = [CommitOperationAdd(name, texts.get(name) or str(self.folder / name)) for name in self.names]
         if card.CARD in there:
             theirs = self._read(card.CARD, head)
             if theirs != mine and not card.is_ours(theirs):

@@ -35,8 +35,9 @@ class AdapterLook:
 
 
 def adapter_at(text: str, offline: bool = False) -> Adapter:
-    """The adapter at a location as it stands on a command line. Raises InputError as `open_adapter` does."""
-    return open_adapter(*split_location(text), offline=offline)
+    """The adapter at a location as it stands on a command line; of one on the Hub the header alone is read. Raises
+    InputError as `open_adapter` does."""
+    return open_adapter(*split_location(text), offline=offline, stream=True)
 
 
 def look_at(adapter: Adapter) -> AdapterLook:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoint.meta import Checkpoint, TensorMeta
-from mergekit_lite.checkpoint.reader import Reader
-from mergekit_lite.report.stream import BLOCK, Advance, blocks, each, has_numbers
+from mergekit_lite.checkpoint.source import Source
+from mergekit_lite.report.stream import BLOCK, Advance, blocks, each, has_numbers, opened
 
 STATES = ("same", "differs", "dtype", "shape", "only_a", "only_b")
 # Notes that transformers leaves in config.json about itself: no part of the model.
@@ -162,12 +162,14 @@ def diff(
     """Compare two checkpoints. `advance` hears of the bytes of `a` as they are compared. `tolerance` is the largest
     |a-b| that still counts as equal. Raises InputError where a file cannot be read."""
     names = list(dict.fromkeys([*a.tensors, *b.tensors]))
-    with Reader([*a.shards, *b.shards]) as reader:
+    # Tensors that differ are read from their start again once the first difference is found.
+    pairs = [meta.nbytes + b.tensors[name].nbytes for name, meta in a.tensors.items() if name in b.tensors]
+    with opened([*a.shards, *b.shards], threads, sum(sorted(pairs)[-threads:])) as reader:
 
         def one(name: str) -> TensorDiff:
             return _tensor(reader, name, a.tensors.get(name), b.tensors.get(name), advance, block)
 
-        tensors = tuple(each(one, names, threads))
+        tensors = tuple(each(reader, one, names, threads))
     lacks = tuple(side.location for side in (a, b) if not side.config)
     config = () if lacks else tuple(config_diff(a.config, b.config))
     return Comparison(a.location, b.location, tensors, config, lacks, tolerance)
@@ -191,7 +193,7 @@ def _flat(config: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, st
 
 
 def _tensor(
-    reader: Reader, name: str, a: TensorMeta | None, b: TensorMeta | None, advance: Advance, block: int
+    reader: Source, name: str, a: TensorMeta | None, b: TensorMeta | None, advance: Advance, block: int
 ) -> TensorDiff:
     if a is None or b is None or a.shape != b.shape:
         advance(0 if a is None else a.nbytes)
@@ -211,7 +213,7 @@ def _tensor(
     return TensorDiff(name, state, a, b, total)
 
 
-def same_bytes(reader: Reader, a: TensorMeta, b: TensorMeta, block: int = BLOCK) -> bool:
+def same_bytes(reader: Source, a: TensorMeta, b: TensorMeta, block: int = BLOCK) -> bool:
     """Whether two tensors of one dtype and shape hold the same bytes; reads up to the first block that differs."""
     pairs = zip(blocks(reader, a, block), blocks(reader, b, block), strict=True)
     return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)

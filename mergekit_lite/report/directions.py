@@ -10,8 +10,8 @@ from torch import Tensor
 from mergekit_lite.align.diagnose import Likeness, likeness
 from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
 from mergekit_lite.checkpoint.meta import MERGEABLE, Checkpoint, TensorMeta
-from mergekit_lite.checkpoint.reader import Reader
-from mergekit_lite.report.stream import Advance, each
+from mergekit_lite.checkpoint.source import Source
+from mergekit_lite.report.stream import Advance, each, opened
 
 
 def directions(
@@ -23,7 +23,7 @@ def directions(
     read."""
     pairs = [(meta, b.tensors[name]) for name, meta in a.tensors.items() if name in b.tensors]
     pairs = [pair for pair in pairs if _comparable(*pair)]
-    with Reader([*a.shards, *b.shards]) as reader:
+    with opened([*a.shards, *b.shards], threads) as reader:
 
         def one(pair: tuple[TensorMeta, TensorMeta]) -> tuple[str, Likeness] | None:
             left, right = (_whole(reader, meta) for meta in pair)
@@ -31,7 +31,7 @@ def directions(
             sound = bool(torch.isfinite(left).all()) and bool(torch.isfinite(right).all())
             return (pair[0].name, likeness(left, right)) if sound else None
 
-        yield from (found for found in each(one, pairs, threads) if found is not None)
+        yield from (found for found in each(reader, one, pairs, threads) if found is not None)
 
 
 def _comparable(a: TensorMeta, b: TensorMeta) -> bool:
@@ -39,7 +39,7 @@ def _comparable(a: TensorMeta, b: TensorMeta) -> bool:
     return numbers and a.shape == b.shape and len(a.shape) > 1 and a.numel > 0
 
 
-def _whole(reader: Reader, meta: TensorMeta) -> Tensor:
+def _whole(reader: Source, meta: TensorMeta) -> Tensor:
     stored = torch.empty(meta.numel, dtype=TORCH_DTYPES[meta.dtype])
     wide = torch.float64 if meta.dtype == "F64" else torch.float32
     return reader.read(meta, 0, meta.numel, stored).view(meta.shape).to(wide)

@@ -14,7 +14,6 @@ from mergekit_lite.checkpoint.header import read_header
 from mergekit_lite.checkpoint.inside import inside, read_object
 from mergekit_lite.checkpoint.meta import DTYPE_CODES, DTYPE_NAMES, Checkpoint, Part, ShardFile, TensorMeta
 from mergekit_lite.checkpoint.quantized import refused
-from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.errors import InputError, Problem
 from mergekit_lite.family.family import Family, family_of
 from mergekit_lite.family.section import lookup
@@ -24,7 +23,7 @@ from mergekit_lite.report.diff import same_bytes
 from mergekit_lite.report.look import look, open_location, vocabulary
 from mergekit_lite.report.promise import check_lock
 from mergekit_lite.report.stats import is_floating, nonfinite, over
-from mergekit_lite.report.stream import Advance, has_numbers
+from mergekit_lite.report.stream import Advance, has_numbers, opened
 from mergekit_lite.run.journal import NAME as JOURNAL
 from mergekit_lite.run.sink import partial
 
@@ -261,7 +260,7 @@ def _tied(checkpoint: Checkpoint, family: Family) -> Iterator[Check]:
 def _equal(checkpoint: Checkpoint, a: TensorMeta, b: TensorMeta) -> bool:
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    with Reader(checkpoint.shards) as reader:
+    with opened(checkpoint.shards, 1) as reader:
         return same_bytes(reader, a, b)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from mergekit_lite.checkpoint.find import open_checkpoint
@@ -95,14 +94,14 @@ class Look:
         return made
 
 
-def open_location(text: str, offline: bool = False, pickled: bool = False) -> Checkpoint:
+def open_location(text: str, offline: bool = False, pickled: bool = False, stream: bool = False) -> Checkpoint:
     """The checkpoint at a location as it stands on a command line: a folder, a file, or `org/name[@revision]`.
-    `pickled` allows for what `torch.save` wrote.
+    `pickled` allows for what `torch.save` wrote; `stream` downloads no weights, only headers.
 
     Raises InputError for whatever is missing, unreachable or corrupt.
     """
     location, revision = (text, None) if os.path.exists(os.path.expanduser(text)) else split_location(text)
-    opened = open_checkpoint(location, revision, offline=offline, pickled=pickled)
+    opened = open_checkpoint(location, revision, offline=offline, pickled=pickled, stream=stream)
     if opened.masks is not None:
         hint = f"make it a model with a recipe: `models: {{m: {location}}}` and `save: {{step: m, to: DIR}}`"
         raise InputError(f"`{text}` is a task of a mask store, whose weights are put together by a run", hint=hint)
@@ -135,7 +134,7 @@ def look(checkpoint: Checkpoint) -> Look:
         vocabulary=stated(checkpoint.config, _VOCABULARY),
         hidden=stated(checkpoint.config, _HIDDEN),
         experts=_experts(checkpoint, family),
-        beside=dict(_beside(checkpoint.folder)),
+        beside=dict(_beside(checkpoint)),
         metadata=checkpoint.metadata,
         notes=checkpoint.notes,
     )
@@ -186,9 +185,11 @@ def _experts(checkpoint: Checkpoint, family: Family) -> int | None:
     return max(numbers) + 1 if numbers else stated(checkpoint.config, _EXPERTS)
 
 
-def _beside(folder: Path | None) -> Iterator[tuple[str, int]]:
-    if folder is not None:
-        for name in sorted(os.listdir(folder)):
-            path = folder / name
+def _beside(checkpoint: Checkpoint) -> Iterator[tuple[str, int]]:
+    if checkpoint.listed is not None:
+        yield from ((name, nbytes) for name, nbytes in sorted(checkpoint.listed.items()) if name.endswith(_BESIDE))
+    elif checkpoint.folder is not None:
+        for name in sorted(os.listdir(checkpoint.folder)):
+            path = checkpoint.folder / name
             if name.endswith(_BESIDE) and path.is_file():
                 yield name, path.stat().st_size

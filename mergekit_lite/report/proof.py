@@ -31,7 +31,7 @@ def proof(location: str, family: str | None = None, *, offline: bool = False, se
     """
     data = load_family(os.path.expanduser(family)) if family is not None else None
     try:
-        checkpoint = open_location(location, offline)
+        checkpoint = open_location(location, offline, stream=True)
     except InputError as error:
         yield from failures("weights", error.problems)
         return

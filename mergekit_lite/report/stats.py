@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
 from mergekit_lite.checkpoint.meta import Checkpoint, TensorMeta
-from mergekit_lite.checkpoint.reader import Reader
-from mergekit_lite.report.stream import BLOCK, Advance, Found, blocks, each, has_numbers
+from mergekit_lite.checkpoint.source import Source
+from mergekit_lite.report.stream import BLOCK, Advance, Found, blocks, each, has_numbers, opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def stats_of(values: Tensor) -> Stats:
     return Stats(count, nan, positive, negative, zeros, float(low), float(high), float(mean), float(apart.dot(apart)))
 
 
-def measure(reader: Reader, meta: TensorMeta, advance: Advance, block: int = BLOCK) -> Stats | None:
+def measure(reader: Source, meta: TensorMeta, advance: Advance, block: int = BLOCK) -> Stats | None:
     """The statistics of a stored tensor, read block by block; None where its dtype holds no numbers for torch."""
     if not has_numbers(meta.dtype):
         advance(meta.nbytes)
@@ -109,7 +109,7 @@ def measure(reader: Reader, meta: TensorMeta, advance: Advance, block: int = BLO
     return total
 
 
-def nonfinite(reader: Reader, meta: TensorMeta, advance: Advance, block: int = BLOCK) -> int:
+def nonfinite(reader: Source, meta: TensorMeta, advance: Advance, block: int = BLOCK) -> int:
     """How many NaNs and infinities a stored tensor holds; 0 where its dtype has none or torch lacks that dtype."""
     if not has_numbers(meta.dtype):
         advance(meta.nbytes)
@@ -129,14 +129,14 @@ def nonfinite(reader: Reader, meta: TensorMeta, advance: Advance, block: int = B
 
 def over(
     checkpoint: Checkpoint,
-    look: Callable[[Reader, TensorMeta, Advance], Found],
+    look: Callable[[Source, TensorMeta, Advance], Found],
     threads: int,
     advance: Advance = lambda nbytes: None,
 ) -> Iterator[tuple[TensorMeta, Found]]:
     """`look` at every tensor of a checkpoint, in its order. Raises InputError where a file cannot be read."""
     metas = list(checkpoint.tensors.values())
-    with Reader(checkpoint.shards) as reader:
-        yield from zip(metas, each(lambda meta: look(reader, meta, advance), metas, threads), strict=True)
+    with opened(checkpoint.shards, threads) as reader:
+        yield from zip(metas, each(reader, lambda meta: look(reader, meta, advance), metas, threads), strict=True)
 
 
 def total(found: Iterable[tuple[TensorMeta, Stats | None]]) -> Stats:

@@ -1,4 +1,4 @@
-"""What a mask store holds: its tasks, what it saves, and which entries how many tasks use. No torch."""
+"""What a mask store holds: its tasks, what it saves, and which entries how many tasks use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from mergekit_lite.checkpoint.masks import tasks_of, with_masks
 from mergekit_lite.checkpoint.meta import Checkpoint, TensorMeta
-from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.checkpoint.source import Source
 
 CHUNK = 1 << 20  # bytes of every mask at once
 
@@ -57,7 +57,9 @@ def look_at_store(checkpoint: Checkpoint, masks: bool = False) -> StoreLook | No
     ones = dict.fromkeys(tasks, 0)
     counts = np.zeros(3, dtype=np.int64)
     coded = 0.0
-    with Reader(shard for task in opened for shard in task.shards) as reader:
+    from mergekit_lite.report.stream import opened as reading
+
+    with reading([shard for task in opened for shard in task.shards], 1) as reader:
         for name, meta in kept[0].multi.items():
             found, uses = _count(reader, [task.used[name] for task in kept], meta.numel)
             counts += uses
@@ -72,7 +74,7 @@ def look_at_store(checkpoint: Checkpoint, masks: bool = False) -> StoreLook | No
     )
 
 
-def _count(reader: Reader, masks: Sequence[TensorMeta], numel: int) -> tuple[list[int], np.ndarray]:
+def _count(reader: Source, masks: Sequence[TensorMeta], numel: int) -> tuple[list[int], np.ndarray]:
     """How many entries of a tensor each task uses; and how many no task uses, one alone, several."""
     ones = [0] * len(masks)
     uses = np.zeros(3, dtype=np.int64)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
-from mergekit_lite.checkpoint.meta import TensorMeta
-from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.checkpoint.meta import ShardFile, TensorMeta
+from mergekit_lite.checkpoint.source import Source
+from mergekit_lite.run.inputs import source_of
 from mergekit_lite.run.threads import one_thread_per_operation
 
 BLOCK = 1 << 15  # elements: 256 kB in float64, so that a block and what is made of it stay in the cache
@@ -27,7 +30,7 @@ def has_numbers(dtype: str) -> bool:
     return dtype in TORCH_DTYPES
 
 
-def blocks(reader: Reader, meta: TensorMeta, block: int = BLOCK) -> Iterator[Tensor]:
+def blocks(reader: Source, meta: TensorMeta, block: int = BLOCK) -> Iterator[Tensor]:
     """The tensor's elements in order, 1-D, at most `block` at once: in its dtype, or as uint8 where it has no numbers.
 
     A complex number comes as two real ones. The memory is used again for the next block.
@@ -46,8 +49,15 @@ def blocks(reader: Reader, meta: TensorMeta, block: int = BLOCK) -> Iterator[Ten
             yield part
 
 
-def each(work: Callable[[Item], Found], items: Sequence[Item], threads: int) -> Iterator[Found]:
-    """`work` of every item, in the order of the items. An error, or an end of the iteration, stops what has not begun.
+def opened(shards: Iterable[ShardFile], threads: int, again: int = 0) -> Source:
+    """What reads these files, on the disk or on the Hub, in order and from one or two places at once. Those on the Hub
+    are fetched once where no more than `again` bytes are at work that are come back to."""
+    return source_of(shards, threads, 2, again, Path(tempfile.gettempdir()))
+
+
+def each(reader: Source, work: Callable[[Item], Found], items: Sequence[Item], threads: int) -> Iterator[Found]:
+    """`work`, which reads from `reader`, of every item, in the order of the items. An error, or an end of the
+    iteration, stops what has not begun, and what waits for the Hub.
 
     torch's own threads are off meanwhile, since they would add up in another order on another machine.
     """
@@ -55,5 +65,8 @@ def each(work: Callable[[Item], Found], items: Sequence[Item], threads: int) -> 
         pool = ThreadPoolExecutor(threads)
         try:
             yield from pool.map(work, items)
+        except BaseException:
+            reader.abort()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

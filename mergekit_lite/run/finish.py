@@ -22,8 +22,7 @@ from mergekit_lite.run.ranks import Share
 from mergekit_lite.run.sink import partial
 
 if TYPE_CHECKING:
-    from mergekit_lite.checkpoint.reader import Reader
-    from mergekit_lite.checkpoint.remote import Inputs
+    from mergekit_lite.checkpoint.source import Source
     from mergekit_lite.run.alignment import Solved
 
 RECIPE = "recipe.yaml"
@@ -57,7 +56,7 @@ def shard_digests(plan: Plan, shards: Sequence[tuple[int, int]], threads: int) -
     return [found[str(path)] for path in paths]
 
 
-def check_inputs(reader: Reader | Inputs, digests: Mapping[str, str], threads: int) -> None:
+def check_inputs(reader: Source, digests: Mapping[str, str], threads: int) -> None:
     """Raises InputError where an input is not what it was when the run began: by its size and mtime, and where these
     are as they were and its ctime is not, by `digests`, those formed during the run or known before."""
     reader.check()

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mergekit_lite.checkpoint.hub import fetch_beside
-from mergekit_lite.checkpoint.meta import Checkpoint
+from mergekit_lite.checkpoint.meta import Checkpoint, ShardFile
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.remote import Inputs, RemoteReader
+from mergekit_lite.checkpoint.source import Source
 from mergekit_lite.errors import InputError
 from mergekit_lite.plan.model import Plan
 from mergekit_lite.plan.streaming import spool_bytes, streams
 from mergekit_lite.run.sink import partial
 
 
-def inputs_of(plan: Plan, threads: int) -> Reader | Inputs:
+def inputs_of(plan: Plan, threads: int) -> Source:
     """What reads the inputs of `plan` for `threads` threads."""
     shards = [shard for checkpoint in plan.checkpoints.values() for shard in checkpoint.shards]
-    local = Reader(shard for shard in shards if shard.remote is None)
-    remote = [shard for shard in shards if shard.remote is not None]
-    if not remote:
-        return local
     folder = partial(plan.outputs[0].to)
-    return Inputs(local, RemoteReader(remote, threads, streams(plan), spool_bytes(plan, threads), folder))
+    return source_of(shards, threads, streams(plan), spool_bytes(plan, threads), folder)
+
+
+def source_of(shards: Iterable[ShardFile], threads: int, streams: int, spool: int, beside: Path) -> Source:
+    """What reads these files for `threads` threads. Of those on the Hub, each reads from `streams` places in turn, and
+    `spool` bytes of the folder `beside` hold what does not fit into memory."""
+    files = list(shards)
+    local = Reader(shard for shard in files if shard.remote is None)
+    remote = [shard for shard in files if shard.remote is not None]
+    return Inputs(local, RemoteReader(remote, threads, streams, spool, beside)) if remote else local
 
 
 def beside_fetched(plan: Plan) -> Plan:

@@ -101,6 +101,7 @@ def perform(
         ours = replace(ours, pools={**orders, **ours.pools})
         options = Options(threads, block, strict, device, tell, peers.check, reader.abort)
         findings = execute(replace(plan, units=share.units), reader, sink, journal, ours, options)
+        findings.bytes_fetched = before = reader.fetched
         sink.sync()
         solved = findings.alignments
         merged = peers.exchange("merged", findings.as_json(), lambda: peers.again(progress))
@@ -136,5 +137,5 @@ def perform(
         output_nonfinite=findings.output_nonfinite,
         errors=errors_of(plan, findings.figures, findings.squares),
         plan=plan,
-        bytes_fetched=reader.fetched,
+        bytes_fetched=findings.bytes_fetched + reader.fetched - before,
     )

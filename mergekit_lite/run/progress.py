@@ -59,6 +59,7 @@ class Findings:
     output_nonfinite: dict[str, int] = field(default_factory=dict)
     overflow: dict[str, int] = field(default_factory=dict)
     bytes_read: int = 0
+    bytes_fetched: int = 0
     resumed: int = 0
     alignments: dict[str, Solved] = field(default_factory=dict)
     figures: dict[str, dict[str, list[float]]] = field(default_factory=dict)
@@ -82,6 +83,7 @@ class Findings:
         return {
             **{key: getattr(self, key) for key in (*COUNTS, "figures", "squares")},
             "bytes_read": self.bytes_read,
+            "bytes_fetched": self.bytes_fetched,
             "resumed": self.resumed,
         }
 
@@ -92,6 +94,7 @@ class Findings:
         for part in parts:
             total.add(part)
             total.bytes_read += part["bytes_read"]
+            total.bytes_fetched += part["bytes_fetched"]
             total.resumed += part["resumed"]
         return total
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.plan.build import build_plan
 from mergekit_lite.plan.lowrank import needs_ranks
 from mergekit_lite.plan.model import Plan
 from mergekit_lite.run.execute import execute
+from mergekit_lite.run.inputs import inputs_of
 from mergekit_lite.run.journal import Done
 from mergekit_lite.run.progress import Options, Progress
 from mergekit_lite.run.sink import Memory
@@ -30,8 +30,8 @@ def with_ranks(plan: Plan, options: Options) -> Plan:
     for number in wanted:
         seen = build_plan(plan.recipe, plan.checkpoints, out=out, check_output=False, measure=number)
         sink = Memory(seen.outputs)
-        with Reader(s for c in plan.checkpoints.values() for s in c.shards) as reader:
-            execute(seen, reader, sink, None, Done(), options)
+        with inputs_of(seen, options.threads) as reader:
+            execute(seen, reader, sink, None, Done(), replace(options, abort=reader.abort))
         ranks[number] = {name: int(found) for name, found in sink.tensors[0].items()}
     made = build_plan(
         plan.recipe, plan.checkpoints, out=out, threads=plan.threads, block=plan.block, check_output=False, ranks=ranks

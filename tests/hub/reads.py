@@ -10,6 +10,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 import yaml
 from store import DATE, Commit, Refused
+from xet import bridge_of, hash_of, headers_of
 
 
 def _whoami(ask: Any) -> None:
@@ -62,6 +63,8 @@ def _tree(ask: Any, org: str, name: str, revision: str, path: str = "") -> None:
                 entries.setdefault(folder, {"type": "directory", "oid": "0" * 40, "size": 0, "path": folder})
         if recursive or not folders:
             entries[file_path] = file.entry(file_path)
+            if file.large and ask.hub.xet:
+                entries[file_path] |= {"xetHash": hash_of(file)}
     if path and not entries:
         raise Refused(404, "EntryNotFound", f"{path} does not exist on {revision}")
     # The real one gives a thousand a page; fewer here, so that the pages are followed.
@@ -121,6 +124,9 @@ def _resolve(ask: Any, org: str, name: str, revision: str, path: str) -> None:
     etag = (ask.fault.etag if ask.fault is not None else None) or file.etag
     size = file.size if ask.fault is None or ask.fault.size is None else ask.fault.size
     headers = {"X-Repo-Commit": commit.oid, "X-Linked-Size": str(size), "X-Linked-ETag": f'"{etag}"'}
+    if file.large and ask.hub.xet:
+        headers |= headers_of(ask, repo.id, commit.oid, file)
+        return ask.answer(302, b"", {**headers, "Location": bridge_of(ask, repo.id, file)})
     if file.large:
         where = f"{ask.hub.cdn}/objects/{repo.id}/{file.sha256}?X-Amz-Signature={ask.hub.signature}"
         return ask.answer(302, b"", {**headers, "Location": where})

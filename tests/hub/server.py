@@ -8,7 +8,8 @@
 
 As on the real Hub, `resolve` redirects: a large file to a signed address on another origin (here another port), a
 small one to an address on the same. What is uploaded lies in `hub.repos[id]`. What it answers
-to those who read is in reads.py, to those who write in uploads.py, and the repositories are in store.py.
+to those who read is in reads.py, to those who write in uploads.py, to clients of Xet, with `hub.xet = True`, in xet.py,
+and the repositories are in store.py.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from reads import READS
 from store import File, Refused, Repo, Store
 from uploads import UPLOADS
+from xet import XET
 
 
 @dataclass
@@ -84,6 +86,8 @@ class Hub(Store):
         self.log: list[Request] = []
         self.faults: list[Fault] = []
         self.part_size: int | None = None  # bytes; with it, LFS objects that are larger are uploaded in parts
+        self.xet = False  # whether large files lie in Xet
+        self.xorbs: dict[str, list[bytes]] = {}
         self.connections = 0
         self.signature = secrets.token_hex(8)
         self._random = random.Random(seed)
@@ -119,9 +123,10 @@ class Hub(Store):
     def environment(self, home: Any, token: str | None = None) -> dict[str, str]:
         """What a process needs to use this Hub alone, with a cache under `home` and no token but this one."""
         return {
-            "HF_ENDPOINT": self.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
-            "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_TOKEN": token or "", "HUGGING_FACE_HUB_TOKEN": "",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_ENDPOINT": self.address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "" if self.xet else "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+            "HF_TOKEN": token or "", "HUGGING_FACE_HUB_TOKEN": "",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_XET_XORB_COMPRESSION_POLICY": "none", "HF_XET_TELEMETRY_ENABLED": "0",
         }  # fmt: skip
 
     def fault_for(self, method: str, path: str) -> Fault | None:
@@ -223,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
         return repo
 
     def _route(self, parts: list[str]) -> None:
-        for pattern, method, handle in (*READS, *UPLOADS):
+        for pattern, method, handle in (*READS, *UPLOADS, *XET):
             if method is not None and self.command not in method:
                 continue
             found = _match(pattern, parts)

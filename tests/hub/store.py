@@ -112,7 +112,7 @@ class Repo:
     def commit(self, ref: str, files: Mapping[str, File], title: str = "commit", description: str = "") -> Commit:
         """Makes `files` all that `ref` holds."""
         parent = self.refs.get(ref)
-        listing = json.dumps([parent, title, len(self.commits), {name: id(file) for name, file in files.items()}])
+        listing = json.dumps([parent, title, len(self.commits), {name: file.blob for name, file in files.items()}])
         made = Commit(
             hashlib.sha1(f"{self.id} {listing}".encode()).hexdigest(), parent, title, description, dict(files)
         )

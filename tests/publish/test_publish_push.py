@@ -219,6 +219,19 @@ def test_passing_faults_are_waited_out(hub: Any, merge: Merge, out: Path, where:
     assert made.hit or where == "/uploads/"  # an answer without a body has nothing to be cut
 
 
+def test_the_hub_is_waited_for_as_long_as_it_asks(
+    hub: Any, merge: Merge, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    hub.faults.append(fault := Fault("/commit/", status=429, times=2, headers={"Retry-After": "17"}))
+    assert merge("push", "out", "me/x").code == 0
+    assert [seconds for seconds in waits if seconds] == [17.0, 17.0] and fault.hit == 2
+    hub.faults[:] = [Fault("/preupload/", status=429, headers={"Retry-After": "43"})]
+    ran = merge("push", "out", "me/y")
+    assert ran.code == 5 and "asks for fewer requests" in ran.err and "wait 43 seconds" in ran.err
+
+
 def test_a_killed_push_goes_on(hub: Any, environment: dict[str, str], parents: Path, tmp_path: Path) -> None:
     """After a kill amid the uploads the same command sends only what is missing."""
     folder = merged(parents, tmp_path, "many", "{shard: 4KB}")
@@ -287,6 +300,27 @@ def test_without_network_or_token(hub: Any, merge: Merge, out: Path, monkeypatch
     with sandbox.confined(out), pytest.raises(UsageError, match="sandbox"):
         check_ready("me/x")
     assert "me/x" not in hub.repos
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--offline"], "the command is offline"),
+        (["--sandbox", "."], "a sandbox has no network"),
+        (["--sandbox", "out"], "a sandbox has no network"),
+        (["--sandbox", "elsewhere"], "`out` lies outside the sandbox"),
+    ],
+)
+def test_offline_and_the_sandbox_refuse_before_anything_is_read(
+    words: list[str], says: str, hub: Any, merge: Merge, out: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (out / "config.json").write_text("{}")  # a fault that is not told: nobody has looked
+    for more in ([], ["--json"]):
+        ran = merge("push", "out", "me/x", *words, *more)
+        assert ran.code == 2 and says in ran.out + ran.err and "config.json" not in ran.out + ran.err
+        assert "hint" in ran.out + ran.err
+    assert hub.log == []
 
 
 def test_no_token_leaves_but_in_its_header(hub: Any, merge: Merge, parents: Path, tmp_path: Path) -> None:
