@@ -15,11 +15,14 @@ def _without(*slots: Call | Slot, alpha: float, ridge: float) -> Call:
 
 
 def _fits(shapes: Sequence[tuple[int, ...]]) -> str | None:
-    count = len(shapes) // 2
-    inner = shapes[0][-1] if len(shapes[0]) == 2 else None
-    if inner is None:
+    grams = shapes[len(shapes) // 2 :]
+    if len(shapes[0]) != 2:
         return "a Gram matrix belongs to the weight of a linear layer (out, in)"
-    if any(shape != (inner, inner) for shape in shapes[count:]):
+    if all(len(shape) == 3 for shape in grams):
+        inner, wanted = shapes[0][0], (1, shapes[0][0], shapes[0][0])
+    else:
+        inner, wanted = shapes[0][1], (shapes[0][1], shapes[0][1])
+    if any(shape != wanted for shape in grams):
         return f"a Gram matrix has another shape than ({inner}, {inner})"
     return None
 
@@ -43,8 +46,10 @@ def regmean(xs: Sequence[Tensor], alpha: float, ridge: float) -> Tensor:
     so that it pulls towards the mean. Directions that no model's inputs have take the mean.
 
     `gram` names, for every model, a checkpoint that holds, under the name of each linear weight (out, in), the matrix
-    (in, in). Tensors that it lacks take the plain mean. Takes models of one shape and gives that shape; solved in
-    float64. The memory of one layer is its weights and Gram matrices in float64.
+    (in, in). Where the weight is stored as (in, out), as GPT-2's are, the matrix has the shape (1, in, in), which tells
+    the two apart when the weight is square. Tensors that it lacks take the plain mean. `merge stats` writes such files.
+    Takes models of one shape and gives that shape; solved in float64. The memory of one layer is its weights and Gram
+    matrices in float64.
 
     RegMean++ is this method with other statistics: the Gram matrices of a layer are those of its inputs when each
     model's data goes through the merged layers before it, not through the model's own. So they are gathered layer by
@@ -53,6 +58,9 @@ def regmean(xs: Sequence[Tensor], alpha: float, ridge: float) -> Tensor:
     Sources: Jin et al., ICLR 2023, arXiv 2212.09849; RegMean++, 2025, arXiv 2508.03121.
     """
     count = len(xs) // 2
+    if xs[count].dim() == 3:
+        turned = [x.T for x in xs[:count]] + [gram[0] for gram in xs[count:]]
+        return regmean(turned, alpha, ridge).T.contiguous()
     mean = sum(x.double() for x in xs[1:count]) + xs[0].double()
     mean = mean / count
     summed = torch.zeros(xs[0].shape[1], xs[0].shape[1], dtype=torch.float64, device=xs[0].device)
