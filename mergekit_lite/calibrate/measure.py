@@ -13,10 +13,10 @@ from mergekit_lite.calibrate.collect import Pass, check_kinds
 from mergekit_lite.calibrate.data import BATCH, BLOCK, Data, from_file, from_text
 from mergekit_lite.calibrate.file import FORMAT, StatisticsFile, check_free, new_folder, write_statistics
 from mergekit_lite.calibrate.fisher import check_labels
-from mergekit_lite.calibrate.layers import find_layers
+from mergekit_lite.calibrate.layers import Key, find_layers
 from mergekit_lite.calibrate.memory import Need, free_memory, need
 from mergekit_lite.calibrate.model import check_loadable, check_predicts, load, skeleton
-from mergekit_lite.calibrate.names import gram_names, renamed, stored_names
+from mergekit_lite.calibrate.names import Gram, gram_names, renamed, stored_names
 from mergekit_lite.errors import StoppedError, UsageError
 from mergekit_lite.lazy import Tensor, torch
 
@@ -110,15 +110,23 @@ class Measurement:
     def _memory(self, network: Any, examples: int, tokens: int, loaded: bool = False) -> Need:
         here = self._settings.device_map is None and self._device.type == "cpu" and not loaded
         weights = sum(m.nbytes * (2 if m.dtype == "F16" else 1) for m in self._checkpoint.tensors.values())
+        inner = {key: found[0].inner for key, found in self._grams(network).items()}
         return need(
             network,
-            dict(find_layers(network).grams()),
+            inner,
             self._settings.kinds,
             weights=weights if here else 0,
             tokens=tokens,
             examples=examples,
             free=free_memory(self._settings.memory),
         )
+
+    def _grams(self, network: Any) -> dict[Key, list[Gram]]:
+        found: dict[Key, list[Gram]] = {}
+        if "gram" in self._settings.kinds:
+            for gram in gram_names(find_layers(network), stored_names(network, self._shapes), self._shapes):
+                found.setdefault(gram.key, []).append(gram)
+        return found
 
     def _data(self) -> Data:
         settings = self._settings
@@ -150,13 +158,16 @@ class Measurement:
         self, path: Path, said: Mapping[str, str], report: Report, advance: Callable[[int], object]
     ) -> Pass:
         """Gram matrices part by part, each written before the next; gives the first pass, which gathers all else."""
-        grams = list(gram_names(self._layers, self._names, self._shapes))
-        reached = {name for name, _, _, _ in grams}
+        grams = self._grams(self._loaded.network)
         skipped = dict(self._named(self._layers.skipped))
         for key, _ in self._layers.grams():
-            if not any(name in reached for name in self._names.stored(*key)):
+            if key not in grams:
                 skipped[key[0]] = "not stored as a matrix of its own: RegMean merges one matrix at a time"
-        shapes = {name: ("F32", (1, inner, inner) if turned else (inner, inner)) for name, _, inner, turned in grams}
+        shapes = {
+            gram.name: ("F32", (1, gram.inner, gram.inner) if gram.transposed else (gram.inner, gram.inner))
+            for of_key in grams.values()
+            for gram in of_key
+        }
         rows = dict.fromkeys(shapes, _ROOM)
         fixed = {**said, "kind": "gram", "skipped": json.dumps(skipped)}
         with StatisticsFile(path, shapes, {**fixed, "rows": json.dumps(rows)}) as file:
@@ -165,12 +176,10 @@ class Measurement:
                 pass_.run(self.data.batches, advance)
                 assert pass_.grams is not None
                 for key in keys:
-                    mine = [(name, inner, turned) for name, own, inner, turned in grams if own == key]
-                    gram = pass_.grams.take(key, mine[0][1]) if mine else None
-                    for name, _, turned in mine:
-                        assert gram is not None
-                        rows[name] = pass_.grams.rows.get(key, 0)
-                        file.write(name, gram[None] if turned else gram)
+                    value = pass_.grams.take(key, grams[key][0].inner)
+                    for gram in grams[key]:
+                        rows[gram.name] = pass_.grams.rows.get(key, 0)
+                        file.write(gram.name, value[None] if gram.transposed else value)
                 pass_.grams.clear()
             file.finish({**fixed, "rows": json.dumps(rows)})
         report.files["gram"] = (path.name, len(shapes))

@@ -22,60 +22,45 @@ _EXPERT, _TENSOR = 1 << 24, 1 << 40  # an entry is tensor × 2^40 + expert × 2^
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """A stored tensor is rows of one parameter, or of one expert of it; `whole`: all of them in order."""
-
-    key: Key
-    whole: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Names:
-    """`origins`: for each tensor of the checkpoint that is rows of one parameter, which. `tied`: the names that the
-    network's state dict has for each parameter, by the first."""
+    """`of`: the tensors of the checkpoint that are rows of one parameter, or of one expert of it, by each name that the
+    network has for the parameter. `whole` are those that are all of it, in order."""
 
-    origins: Mapping[str, Origin]
-    tied: Mapping[str, tuple[str, ...]]
+    of: Mapping[Key, tuple[str, ...]]
+    whole: frozenset[str]
 
-    def stored(self, parameter: str, expert: int = -1, whole: bool = False) -> list[str]:
-        """The stored tensors made of a parameter, or one expert of it; with `whole` just those that are all of it."""
-        known = self._by_key().get((parameter, expert), [])
-        return [name for name in known if self.origins[name].whole] if whole else known
+    def stored(self, parameter: str, expert: int = -1) -> tuple[str, ...]:
+        """The stored tensors made of a parameter, or of one expert of it."""
+        return self.of.get((parameter, expert), ())
 
     def module(self, name: str, parameter: str | None = None) -> str | None:
         """What a module is called in the checkpoint, by its weight; None where that is not stored as one tensor."""
-        held = f"{name}.weight" if name else "weight"
-        stored = self.stored(parameter or held, whole=True)
-        named = [one for one in stored if one.endswith(".weight")]
+        held = parameter or (f"{name}.weight" if name else "weight")
+        named = [one for one in self.stored(held) if one in self.whole and one.endswith(".weight")]
         # A tied weight has several names; the module's own is the one that ends alike.
         named.sort(key=lambda one: -_alike(one, held))
         return named[0].removesuffix(".weight") if named else None
 
-    def _by_key(self) -> dict[Key, list[str]]:
-        found: dict[Key, list[str]] = {}
-        for name, origin in self.origins.items():
-            for alias in (origin.key[0], *self.tied.get(origin.key[0], ())):
-                found.setdefault((alias, origin.key[1]), []).append(name)
-        return found
-
 
 def stored_names(network: Module, stored: Shapes) -> Names:
     """The names of a network of transformers whose checkpoint holds tensors of these shapes."""
-    state = network.state_dict()
-    first: dict[int, str] = {}
-    tied: dict[str, tuple[str, ...]] = {}
-    firsts = {name: first.setdefault(id(p), name) for name, p in network.named_parameters(remove_duplicate=False)}
-    for name, own in firsts.items():
-        tied[own] = (*tied.get(own, ()), *([name] if name != own else []))
-    numbered = list(state)
-    probes = {name: _probe(tuple(state[name].shape), number) for number, name in enumerate(numbered)}
-    origins: dict[str, Origin] = {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    numbered = list(shapes)
+    probes = {name: _probe(shapes[name], number) for number, name in enumerate(numbered)}
+    sharing: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        sharing.setdefault(id(parameter), []).append(name)
+    alike = {name: names for names in sharing.values() for name in names}
+    of: dict[Key, list[str]] = {}
+    whole: set[str] = set()
     for name, probe in renamed(network, probes, stored).items():
-        origin = _origin(probe, numbered, {n: tuple(state[n].shape) for n in numbered})
+        origin = _origin(probe, numbered, shapes)
         if origin is not None:
-            key = (firsts.get(origin.key[0], origin.key[0]), origin.key[1])
-            origins[name] = Origin(key, origin.whole)
-    return Names(origins, tied)
+            (parameter, expert), complete = origin
+            whole |= {name} if complete else set()
+            for alias in alike.get(parameter, [parameter]):
+                of.setdefault((alias, expert), []).append(name)
+    return Names({key: tuple(names) for key, names in of.items()}, frozenset(whole))
 
 
 def renamed(network: Any, tensors: Mapping[str, Tensor], stored: Shapes) -> dict[str, Tensor]:
@@ -105,22 +90,21 @@ def _probe(shape: tuple[int, ...], number: int) -> Tensor:
     return (number * _TENSOR + rows).reshape(-1, *[1] * (len(shape) - 1))
 
 
-def _origin(probe: Tensor, numbered: list[str], shapes: Shapes) -> Origin | None:
+def _origin(probe: Tensor, numbered: list[str], shapes: Shapes) -> tuple[Key, bool] | None:
+    """The one parameter, or expert of it, that a stored tensor is rows of, and whether it is all of it, in order; None
+    where it is made of several."""
     flat = probe.flatten()
-    if not flat.numel():
+    if not len(flat) or int(flat.min()) // _TENSOR != int(flat.max()) // _TENSOR:
         return None
-    tensors = set((flat // _TENSOR).tolist()) if flat.numel() < 1 << 20 else {int(flat[0]) // _TENSOR}
-    if len(tensors) != 1:
-        return None
-    name = numbered[tensors.pop()]
+    name = numbered[int(flat[0]) // _TENSOR]
     shape = shapes[name]
-    experts = (flat % _TENSOR) // _EXPERT
-    several = len(shape) == 3 and int(experts.min()) != int(experts.max())
-    expert = int(experts[0]) if len(shape) == 3 and not several else -1
     rows = flat % _EXPERT
-    wanted = shape[1] if len(shape) == 3 else (shape[0] if shape else 1)
-    whole = not several and len(rows) == wanted and bool((rows == torch.arange(wanted)).all())
-    return Origin((name, expert), whole or (several and len(flat) == shape[0] * wanted))
+    if len(shape) != 3:
+        return (name, -1), len(rows) == (shape[0] if shape else 1) and bool((rows == torch.arange(len(rows))).all())
+    experts = (flat % _TENSOR) // _EXPERT
+    if int(experts.min()) != int(experts.max()):
+        return (name, -1), len(flat) == shape[0] * shape[1]
+    return (name, int(experts[0])), len(rows) == shape[1] and bool((rows == torch.arange(shape[1])).all())
 
 
 def _alike(a: str, b: str) -> int:
@@ -133,12 +117,22 @@ def _alike(a: str, b: str) -> int:
     return count
 
 
-def gram_names(layers: Layers, names: Names, stored: Shapes) -> Iterator[tuple[str, Key, int, bool]]:
-    """The Gram matrices of a checkpoint: the weight's name there, whose inputs they are of, their length, and whether
-    the weight is stored as (in, out)."""
+@dataclass(frozen=True, slots=True)
+class Gram:
+    """The Gram matrix for the stored weight `name`: of the inputs of `key`, `inner` long. `transposed`: the weight is
+    stored as (in, out)."""
+
+    name: str
+    key: Key
+    inner: int
+    transposed: bool
+
+
+def gram_names(layers: Layers, names: Names, stored: Shapes) -> Iterator[Gram]:
+    """The Gram matrices that a checkpoint can use: those of weights that it stores as matrices of their own."""
     turned = {layer.weight for layer in layers.linear if layer.transposed}
     for key, inner in layers.grams():
         for name in names.stored(*key):
             shape, transposed = stored[name], key[0] in turned
             if len(shape) == 2 and shape[0 if transposed else 1] == inner:
-                yield name, key, inner, transposed
+                yield Gram(name, key, inner, transposed)

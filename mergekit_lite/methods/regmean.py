@@ -18,10 +18,9 @@ def _fits(shapes: Sequence[tuple[int, ...]]) -> str | None:
     grams = shapes[len(shapes) // 2 :]
     if len(shapes[0]) != 2:
         return "a Gram matrix belongs to the weight of a linear layer (out, in)"
-    if all(len(shape) == 3 for shape in grams):
-        inner, wanted = shapes[0][0], (1, shapes[0][0], shapes[0][0])
-    else:
-        inner, wanted = shapes[0][1], (shapes[0][1], shapes[0][1])
+    turned = all(len(shape) == 3 for shape in grams)
+    inner = shapes[0][0 if turned else 1]
+    wanted = (1, inner, inner) if turned else (inner, inner)
     if any(shape != wanted for shape in grams):
         return f"a Gram matrix has another shape than ({inner}, {inner})"
     return None
@@ -59,13 +58,17 @@ def regmean(xs: Sequence[Tensor], alpha: float, ridge: float) -> Tensor:
     """
     count = len(xs) // 2
     if xs[count].dim() == 3:
-        turned = [x.T for x in xs[:count]] + [gram[0] for gram in xs[count:]]
-        return regmean(turned, alpha, ridge).T.contiguous()
-    mean = sum(x.double() for x in xs[1:count]) + xs[0].double()
-    mean = mean / count
-    summed = torch.zeros(xs[0].shape[1], xs[0].shape[1], dtype=torch.float64, device=xs[0].device)
+        return _solved([x.T for x in xs[:count]], [gram[0] for gram in xs[count:]], alpha, ridge).T.contiguous()
+    return _solved(xs[:count], xs[count:], alpha, ridge)
+
+
+def _solved(parents: Sequence[Tensor], grams: Sequence[Tensor], alpha: float, ridge: float) -> Tensor:
+    """Weights (out, in) and their Gram matrices (in, in) to one weight."""
+    mean = sum(x.double() for x in parents[1:]) + parents[0].double()
+    mean = mean / len(parents)
+    summed = torch.zeros(mean.shape[1], mean.shape[1], dtype=torch.float64, device=mean.device)
     right = torch.zeros_like(mean)
-    for weights, gram in zip(xs[:count], xs[count:], strict=True):
+    for weights, gram in zip(parents, grams, strict=True):
         shrunk = gram.double() * alpha
         shrunk.diagonal().copy_(gram.diagonal())
         summed += shrunk
@@ -82,7 +85,7 @@ def regmean(xs: Sequence[Tensor], alpha: float, ridge: float) -> Tensor:
         if bool(failed) or _singular(factor)
         else torch.cholesky_solve(distance.T, factor)
     )
-    return (mean + solution.T).to(xs[0].dtype)
+    return (mean + solution.T).to(parents[0].dtype)
 
 
 def _singular(factor: Tensor) -> bool:
