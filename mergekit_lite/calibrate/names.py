@@ -56,9 +56,9 @@ def stored_names(network: Module, stored: Shapes) -> Names:
     for name, probe in renamed(network, probes, stored).items():
         origin = _origin(probe, numbered, shapes)
         if origin is not None:
-            (parameter, expert), complete = origin
+            (held, expert), complete = origin
             whole |= {name} if complete else set()
-            for alias in alike.get(parameter, [parameter]):
+            for alias in alike.get(held, [held]):
                 of.setdefault((alias, expert), []).append(name)
     return Names({key: tuple(names) for key, names in of.items()}, frozenset(whole))
 
