@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from mergekit_lite.calibrate.examples import Batch, forward, labels, paired, predictions, singly
@@ -36,10 +36,13 @@ class Fisher:
             hint = "leave out `--device-map`, or give it more memory: gradients need all weights at hand"
             raise UsageError(f"{len(away)} tensors are not in memory, such as `{away[0]}`", hint=hint)
         self._sums: dict[str, Tensor] = {}
+        self._share = 1.0
         self.examples = 0
 
     def add(self, batch: Batch) -> None:
-        with _gradients(self._parameters):
+        with _gradients(self._parameters), ExitStack() as stack:
+            for name, parameter in self._parameters.items():
+                stack.callback(parameter.register_post_accumulate_grad_hook(self._finished(name)).remove)
             for example in singly(batch):
                 self._add(example)
                 self.examples += 1
@@ -68,24 +71,23 @@ class Fisher:
         return self._how == "expected" or (self._how == "auto" and logits.dim() == 2 and logits.shape[1] <= FEW)
 
     def _square(self, score: Tensor, share: float, keep: bool) -> None:
-        """Add `share` times the square of the gradient of `score`, parameter by parameter as each is finished."""
+        """Add `share` times the square of the gradient of `score`."""
+        self._share = share
+        score.backward(retain_graph=keep)
 
-        def finished(name: str, parameter: Parameter) -> None:
+    def _finished(self, name: str) -> Callable[[Tensor], None]:
+        """Called when the gradient of this parameter is whole: it is squared and given up before the next one's."""
+
+        def hook(parameter: Tensor) -> None:
             slope = parameter.grad
             assert slope is not None
             parameter.grad = None
-            square = slope.to(self._dtype(parameter)).square_().mul_(share)
-            self._sums[name] = self._sums[name].add_(square) if name in self._sums else square
+            slope = slope.to(self._dtype(parameter))
+            if name not in self._sums:
+                self._sums[name] = torch.zeros_like(slope)
+            self._sums[name].addcmul_(slope, slope, value=self._share)
 
-        def hook(name: str) -> object:
-            return self._parameters[name].register_post_accumulate_grad_hook(lambda p: finished(name, p))
-
-        hooks = [hook(name) for name in self._parameters]
-        try:
-            score.backward(retain_graph=keep)
-        finally:
-            for one in hooks:
-                one.remove()  # type: ignore[attr-defined]
+        return hook
 
     @staticmethod
     def _dtype(parameter: Tensor) -> torch.dtype:
