@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_lite.calibrate.examples import IGNORED, LABELS
+from mergekit_lite.calibrate.examples import IGNORED, LABELS, uniform
 from mergekit_lite.calibrate.model import Loaded, quiet, transformers
 from mergekit_lite.errors import InputError, UsageError, suggest
 from mergekit_lite.lazy import Tensor, torch
@@ -117,7 +117,7 @@ def _text_batch(loaded: Loaded, tokenizer: Any, row: list[int], number: int, see
     elif loaded.masked:
         if tokenizer.mask_token_id is None:
             raise InputError("the tokenizer has no mask token", hint="give inputs and labels with `--data`")
-        draw = torch.rand(ids.shape, generator=torch.Generator().manual_seed((seed << 32) + number))
+        draw = uniform(seed, number, len(row))[None]
         special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
         hidden = (draw < MASKED) & ~special
         batch = {

@@ -93,6 +93,14 @@ def paired(logits: Tensor, known: Tensor | None, shift: bool) -> tuple[Tensor, T
     return logits.reshape(-1, logits.shape[-1])[kept], known[kept]
 
 
+def uniform(seed: int, number: int, count: int) -> Tensor:
+    """Random numbers in [0, 1), float64, that depend on the seed and the number of the example alone."""
+    import numpy as np
+
+    # torch's generators on the CPU use 32 bits of their seed.
+    return torch.from_numpy(np.random.default_rng([seed, number]).random(count))
+
+
 def _tensors(batch: Batch) -> Iterator[Tensor]:
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else [batch]
     return (value for value in values if _is_tensor(value))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Literal
 
-from mergekit_lite.calibrate.examples import Batch, forward, labels, paired, predictions, singly
+from mergekit_lite.calibrate.examples import Batch, forward, labels, paired, predictions, singly, uniform
 from mergekit_lite.errors import InputError, UsageError
 from mergekit_lite.lazy import Tensor, torch
 
@@ -60,8 +60,9 @@ class Fisher:
             for label in range(classes):
                 self._square(scores[0, label], float(shares[0, label]), keep=label + 1 < classes)
             return
-        generator = torch.Generator().manual_seed((self._seed << 32) + self.examples)
-        drawn = torch.multinomial(shares.double().cpu(), 1, generator=generator).to(scores.device)
+        sums = shares.double().cpu().cumsum(dim=1)
+        chance = uniform(self._seed, self.examples, len(sums))[:, None] * sums[:, -1:]
+        drawn = torch.searchsorted(sums, chance, right=True).clamp(max=sums.shape[1] - 1).to(scores.device)
         self._square(scores.gather(1, drawn).sum(), 1.0, keep=False)
 
     def _expects(self, logits: Tensor) -> bool:
