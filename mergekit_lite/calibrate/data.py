@@ -54,7 +54,14 @@ def block_length(loaded: Loaded, block: int | None) -> int:
 
 
 def from_text(
-    loaded: Loaded, folder: Path, path: Path, block: int | None, lines: bool, limit: int | None, seed: int
+    loaded: Loaded,
+    location: str,
+    folder: Path,
+    path: Path,
+    block: int | None,
+    lines: bool,
+    limit: int | None,
+    seed: int,
 ) -> Data:
     """A text in blocks of `block` tokens, or with `lines` one example for each line that is not blank, cut off there.
 
@@ -68,7 +75,7 @@ def from_text(
     if loaded.network.config.is_encoder_decoder:
         hint = "give `input_ids` and `decoder_input_ids` with `--data`"
         raise InputError("an encoder and a decoder each need a text of their own", hint=hint)
-    tokenizer = _tokenizer(folder)
+    tokenizer = _tokenizer(folder, location)
     length = block_length(loaded, block)
     left = 0
     if lines:
@@ -127,17 +134,17 @@ def _text_batch(loaded: Loaded, tokenizer: Any, row: list[int], number: int, see
     return {key: value.to(loaded.device) for key, value in batch.items()}
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path, location: str) -> Any:
     hint = "copy the tokenizer's files into the folder, or give token ids with `--data`"
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
     if not any((folder / name).exists() for name in names):
-        raise InputError(f"`{folder}` has no tokenizer", hint=hint)
+        raise InputError(f"`{location}` has no tokenizer", hint=hint)
     with quiet():
         try:
             return transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as fault:  # whatever a tokenizer's files make the library raise
             said = (str(fault).strip().splitlines() or [type(fault).__name__])[0][:300]
-            raise InputError(f"transformers cannot read the tokenizer in `{folder}`: {said}", hint=hint) from fault
+            raise InputError(f"transformers cannot read the tokenizer of `{location}`: {said}", hint=hint) from fault
 
 
 def from_file(loaded: Loaded, path: Path, limit: int | None, seed: int) -> Data:

@@ -135,6 +135,7 @@ class Measurement:
         assert settings.text is not None and self._folder is not None
         return from_text(
             self._loaded,
+            self._location,
             self._folder,
             settings.text,
             settings.block,
