@@ -3,13 +3,14 @@
     recipe text ─▶ Recipe ─▶ Plan (DAG over headers) ─▶ run: stream blocks ─▶ shards on disk
       recipe/       recipe/      plan/  ◀ checkpoint/       run/  ◀ methods/      checkpoint/
 
-The public API is small: `load_recipe`, `plan`, `run`, `merge_in_memory`, and the errors they raise (`MergeError` and
-its kinds). Start reading at merge.py.
+The public API is small: `load_recipe`, `plan`, `run`, `merge_in_memory`, `collect` for the statistics of a network, and
+the errors they raise (`MergeError` and its kinds). Start reading at merge.py.
 """
 
 # The folders `plan` and `run` are loaded first: a folder that is loaded later would take the place of the function.
 import mergekit_lite.plan
 import mergekit_lite.run
+from mergekit_lite.calibrate.collect import Statistics, collect
 from mergekit_lite.errors import (
     InputError,
     InterruptedRun,
@@ -32,8 +33,10 @@ __all__ = [
     "Problem",
     "RecipeError",
     "Result",
+    "Statistics",
     "StoppedError",
     "UsageError",
+    "collect",
     "load_recipe",
     "merge_in_memory",
     "plan",

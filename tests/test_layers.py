@@ -16,6 +16,7 @@ ORDER = [
     {"__main__", "__init__"},
     {"cli"},
     {"merge"},
+    {"calibrate"},
     {"publish", "report", "evaluate"},
     {"run"},
     {"plan"},

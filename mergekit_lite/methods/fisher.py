@@ -95,9 +95,9 @@ def fisher(
     and alpha that is the Fisher-weighted form of WiSE-FT.
 
     `fisher` names, for every model, a checkpoint whose tensors have the names and shapes of the model's and hold the
-    mean squared gradient of the log-likelihood, squared example by example. Tensors that it lacks take the mean
-    weighted by `weight`. Takes models of one shape and gives that shape, in the dtype of the arithmetic. Equal Fisher
-    information everywhere gives the weighted mean, and so does none.
+    mean squared gradient of the log-likelihood, squared example by example; `merge stats --collect fisher` writes such
+    files. Tensors that it lacks take the mean weighted by `weight`. Takes models of one shape and gives that shape, in
+    the dtype of the arithmetic. Equal Fisher information everywhere gives the weighted mean, and so does none.
 
     Sources: Matena and Raffel, NeurIPS 2022, arXiv 2111.09832; Wortsman et al., WiSE-FT, CVPR 2022, arXiv 2109.01903.
     """

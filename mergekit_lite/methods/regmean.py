@@ -15,11 +15,13 @@ def _without(*slots: Call | Slot, alpha: float, ridge: float) -> Call:
 
 
 def _fits(shapes: Sequence[tuple[int, ...]]) -> str | None:
-    count = len(shapes) // 2
-    inner = shapes[0][-1] if len(shapes[0]) == 2 else None
-    if inner is None:
+    grams = shapes[len(shapes) // 2 :]
+    if len(shapes[0]) != 2:
         return "a Gram matrix belongs to the weight of a linear layer (out, in)"
-    if any(shape != (inner, inner) for shape in shapes[count:]):
+    turned = all(len(shape) == 3 for shape in grams)
+    inner = shapes[0][0 if turned else 1]
+    wanted = (1, inner, inner) if turned else (inner, inner)
+    if any(shape != wanted for shape in grams):
         return f"a Gram matrix has another shape than ({inner}, {inner})"
     return None
 
@@ -43,8 +45,10 @@ def regmean(xs: Sequence[Tensor], alpha: float, ridge: float) -> Tensor:
     so that it pulls towards the mean. Directions that no model's inputs have take the mean.
 
     `gram` names, for every model, a checkpoint that holds, under the name of each linear weight (out, in), the matrix
-    (in, in). Tensors that it lacks take the plain mean. Takes models of one shape and gives that shape; solved in
-    float64. The memory of one layer is its weights and Gram matrices in float64.
+    (in, in). Where the weight is stored as (in, out), as GPT-2's are, the matrix has the shape (1, in, in), which tells
+    the two apart when the weight is square. Tensors that it lacks take the plain mean. `merge stats` writes such files.
+    Takes models of one shape and gives that shape; solved in float64. The memory of one layer is its weights and Gram
+    matrices in float64.
 
     RegMean++ is this method with other statistics: the Gram matrices of a layer are those of its inputs when each
     model's data goes through the merged layers before it, not through the model's own. So they are gathered layer by
@@ -53,11 +57,18 @@ def regmean(xs: Sequence[Tensor], alpha: float, ridge: float) -> Tensor:
     Sources: Jin et al., ICLR 2023, arXiv 2212.09849; RegMean++, 2025, arXiv 2508.03121.
     """
     count = len(xs) // 2
-    mean = sum(x.double() for x in xs[1:count]) + xs[0].double()
-    mean = mean / count
-    summed = torch.zeros(xs[0].shape[1], xs[0].shape[1], dtype=torch.float64, device=xs[0].device)
+    if xs[count].dim() == 3:
+        return _solved([x.T for x in xs[:count]], [gram[0] for gram in xs[count:]], alpha, ridge).T.contiguous()
+    return _solved(xs[:count], xs[count:], alpha, ridge)
+
+
+def _solved(parents: Sequence[Tensor], grams: Sequence[Tensor], alpha: float, ridge: float) -> Tensor:
+    """Weights (out, in) and their Gram matrices (in, in) to one weight."""
+    mean = sum(x.double() for x in parents[1:]) + parents[0].double()
+    mean = mean / len(parents)
+    summed = torch.zeros(mean.shape[1], mean.shape[1], dtype=torch.float64, device=mean.device)
     right = torch.zeros_like(mean)
-    for weights, gram in zip(xs[:count], xs[count:], strict=True):
+    for weights, gram in zip(parents, grams, strict=True):
         shrunk = gram.double() * alpha
         shrunk.diagonal().copy_(gram.diagonal())
         summed += shrunk
@@ -74,7 +85,7 @@ def regmean(xs: Sequence[Tensor], alpha: float, ridge: float) -> Tensor:
         if bool(failed) or _singular(factor)
         else torch.cholesky_solve(distance.T, factor)
     )
-    return (mean + solution.T).to(xs[0].dtype)
+    return (mean + solution.T).to(parents[0].dtype)
 
 
 def _singular(factor: Tensor) -> bool:

@@ -1,0 +1,1 @@
+"""Statistics that methods ask for, gathered while data pass through a model."""

@@ -1,0 +1,175 @@
+"""`merge stats`: what methods ask for of a model, gathered from data."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergekit_lite.cli import bar, options, show
+from mergekit_lite.errors import Problem
+
+if TYPE_CHECKING:
+    from mergekit_lite.calibrate.measure import Measurement, Report
+
+SEEDS = 2**31 - 1
+
+
+class Labels(str, Enum):
+    """Whose log-likelihood is squared."""
+
+    auto = "auto"
+    expected = "expected"
+    sampled = "sampled"
+
+
+def stats(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="DIR", help="A new folder; each kind is a file in it.", show_default=False),
+    ],
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="A text, in blocks of tokens.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="FILE", help="Model inputs by name, .safetensors or .npz.", show_default=False),
+    ] = None,
+    collect: Annotated[
+        str,
+        typer.Option(
+            "--collect",
+            metavar="KINDS",
+            help="What to gather: gram, fisher, router, activations, hidden, confidence.",
+        ),
+    ] = "gram",
+    block: Annotated[
+        int | None,
+        typer.Option("--block", metavar="N", min=2, help="Tokens of an example; 512 if left out.", show_default=False),
+    ] = None,
+    lines: Annotated[
+        bool, typer.Option("--lines", help="Each line of the text is an example, such as a prompt.")
+    ] = False,
+    examples: Annotated[
+        int | None,
+        typer.Option("--examples", metavar="N", min=1, help="Draw this many; all if left out.", show_default=False),
+    ] = None,
+    labels: Annotated[
+        Labels, typer.Option("--labels", help="Fisher over all classes, or over labels drawn from the model.")
+    ] = Labels.auto,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=SEEDS, help="Seed of what is drawn.")] = 0,
+    device: options.Device = "cpu",
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            "--device-map",
+            metavar="NAME",
+            help="Spread a large model over devices: auto, balanced.",
+            show_default=False,
+        ),
+    ] = None,
+    memory: options.Memory = None,
+    threads: options.Threads = None,
+    offline: options.Offline = False,
+    json: options.Json = False,
+) -> None:
+    """Gather what methods ask for of a model while data pass through it.
+
+    Files in DIR: gram for `regmean`, fisher for `fisher`, router for merged experts, activations (means and variances)
+    for REPAIR, hidden (mean states of prompts) for gates, confidence (with a temperature) for BANG. Loads the model
+    with transformers, whose code alone is run: pip install 'mergekit_lite[calibrate]'.
+    """
+    from mergekit_lite import merge
+    from mergekit_lite.calibrate.collect import check_kinds
+    from mergekit_lite.calibrate.measure import Measurement, Settings
+    from mergekit_lite.plan.budget import memory_bytes
+
+    settings = Settings(
+        kinds=check_kinds(collect),
+        text=text,
+        data=data,
+        block=block,
+        lines=lines,
+        examples=examples,
+        labels=labels.value,
+        seed=seed,
+        device=device,
+        device_map=device_map,
+        memory=None if memory is None else memory_bytes(memory),
+        threads=threads or merge.default_threads(),
+        offline=offline,
+    )
+    measurement = Measurement(model, settings, out)
+    show.note(_announced(measurement))
+    with bar.counting("examples", measurement.steps) as advance:
+        report = measurement.run(advance)
+    if json:
+        show.json(_as_json(measurement, report))
+    else:
+        for kind, (name, count) in report.files.items():
+            show.line(
+                f"wrote {out / name} · {show.count(count, 'tensor')}{_numbers(report) if kind == 'confidence' else ''}"
+            )
+    show.warnings(_warnings(report))
+
+
+def _announced(measurement: Measurement) -> str:
+    from mergekit_lite.calibrate.memory import said
+
+    data, need = measurement.data, measurement.need
+    parts = [show.count(data.examples, "example")]
+    if data.tokens:
+        parts.append(show.count(data.tokens, "token"))
+    if len(need.passes) > 1:
+        parts.append(f"{len(need.passes)} passes, since the Gram matrices take {show.size(need.grams)}")
+    detail = said(need)
+    parts.append(f"about {show.size(need.nbytes)} beside the model" + (f": {detail}" if detail else ""))
+    return " · ".join(parts)
+
+
+def _numbers(report: Report) -> str:
+    shown = [f"{name} {report.confidence[name]:.4g}" for name in ("confidence", "accuracy", "loss", "temperature")
+             if name in report.confidence]  # fmt: skip
+    return " · " + " · ".join(shown)
+
+
+def _warnings(report: Report) -> list[Problem]:
+    from mergekit_lite.plan.words import few
+
+    found = []
+    for kind, names in report.unused.items():
+        if not names:
+            continue
+        said, hint = {
+            "gram": ("no example reached", "their Gram matrices are zeros, which leaves them to the other models"),
+            "fisher": ("no likelihood depends on", "their information is 0; more examples may reach them"),
+            "router": ("no token was given to", "their usage is 0; a longer text may reach them"),
+            "activations": ("no example reached", "they have no mean and no variance in the file"),
+        }[kind]
+        found.append(Problem(f"{kind}: {said} {len(names)} of the model's parts: {few(names)}", None, hint))
+    for kind, why in report.skipped.items():
+        if why:
+            reasons = "; ".join(sorted(set(why.values())))
+            message = f"{kind}: nothing for {few(why)}: {reasons}"
+            found.append(Problem(message, None, "a merge takes the plain mean there" if kind == "gram" else None))
+    return found
+
+
+def _as_json(measurement: Measurement, report: Report) -> dict[str, Any]:
+    data, need = measurement.data, measurement.need
+    return {
+        "out": str(report.out),
+        "files": {kind: {"file": name, "tensors": count} for kind, (name, count) in report.files.items()},
+        "examples": data.examples,
+        "tokens": data.tokens,
+        "block": data.block,
+        "tokens_left_over": data.left_over,
+        "passes": len(need.passes),
+        "memory": {"fisher": need.fisher, "work": need.work, "grams": need.grams, "at_once": need.nbytes},
+        "unused": {kind: names for kind, names in report.unused.items() if names},
+        "skipped": {kind: names for kind, names in report.skipped.items() if names},
+        "confidence": report.confidence or None,
+    }
