@@ -98,12 +98,15 @@ def make_units(outputs: Sequence[Output]) -> tuple[Unit, ...]:
     return tuple(units)
 
 
-def among(nodes: Iterable[Node]) -> dict[int, int]:
-    """The nodes of which a gathering node reads one, by id: how many there are to choose from."""
-    found: dict[int, int] = {}
+def among(nodes: Iterable[Node]) -> dict[int, float]:
+    """The nodes of which a gathering node reads one, by id: how many there are to choose from. Where it takes means,
+    how many for each that it reads, on average; below 1 where parts of one are its members."""
+    found: dict[int, float] = {}
     for node in [n for n in nodes if n.reach == "row"]:
-        if node.method is not None and node.method.gathers and len(node.inputs) > 1:
-            found.update((below.id, len(node.inputs)) for below in walk(node.inputs))
+        if node.method is not None and node.method.gathers:
+            choice = len(node.inputs) / dict(node.params).get("members", 1.0)
+            if choice != 1:
+                found.update((below.id, choice) for below in walk(node.inputs))
     return found
 
 
@@ -143,9 +146,13 @@ def _stored_bytes(roots: Iterable[Node]) -> int:
 
 def passes(alignment: Alignment) -> int:
     """How often the tensors of an alignment are usually read: once where no space depends on another, else in some
-    sweeps."""
+    sweeps. Experts are read to find which are alike, where their weights tell, and to match their units, each with the
+    dominant one of its group."""
     if alignment.activations or alignment.use == "reorder":
         return 1
+    if alignment.layers:
+        params = dict(alignment.params)
+        return int(params["similarity"] == "weight") + 2 * int(params["align"]) or 1
     axes: dict[str, set[str]] = {}
     for space in alignment.spaces:
         if space.kind in alignment.kinds and space.parent is None:
@@ -177,7 +184,7 @@ def _pass_bytes(nodes: Sequence[Node], numel: int) -> int:
     for node in loads:
         way, owner = aside.get(node.id, ("", node))
         share = numel if not way else node.numel * numel // max(1, owner.numel) if way == "rows" else node.numel
-        total += load_bytes(node, share) // choice.get(node.id, 1)
+        total += int(load_bytes(node, share) / choice.get(node.id, 1))
     return total
 
 

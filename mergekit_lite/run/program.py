@@ -17,12 +17,15 @@ from mergekit_lite.plan.order import beside, row_length, walk
 from mergekit_lite.plan.words import count
 from mergekit_lite.run.copy import ByteSource
 from mergekit_lite.run.gather import Gather, Remap
+from mergekit_lite.run.mixture import Mixture
 
 Stats = dict[int, Any]  # node id -> what its measure found for this tensor
 
 
 class Loads(Protocol):
     """Loads blocks of stored tensors in the dtype of the arithmetic, to where the kernels run. For one thread."""
+
+    source: ByteSource
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +84,7 @@ class _Operation:
     shapes: tuple[tuple[int, ...], ...] = ()  # of the inputs, for a matrix method
     length: int = 0  # of a row, for a row method
     beside: tuple[_Beside, ...] = ()
-    gather: Gather | Remap | None = None
+    gather: Gather | Remap | Mixture | None = None
     spent: list[int] = field(default_factory=list)
 
 
@@ -182,8 +185,12 @@ class Program:
         operation.inputs = tuple(place[below.id] for below in inputs)
         return operation
 
-    def _gather(self, node: Node) -> Gather | Remap:
+    def _gather(self, node: Node) -> Gather | Remap | Mixture:
         place = dict(node.params)
+        if "members" in place:
+            below = [Program([n], self._loader, self._stats, self._watch, self._step) for n in node.inputs]
+            whole = [n.numel if p.whole else None for n, p in zip(node.inputs, below, strict=True)]
+            return Mixture(self._stats[node.id], [_reading(p) for p in below], whole, self._loader.device)
         if "rows" in place:
             # What other models give is watched over where it is their own.
             watches = [self._watch if number == place["own"] else None for number in range(len(node.inputs))]
@@ -194,8 +201,8 @@ class Program:
             sizes = [below.numel if p.whole else None for below, p in zip(node.inputs, programs, strict=True)]
             return Remap(math.prod(node.shape[1:]), place["rows"], [_reading(program) for program in programs], sizes)
         taken = self._stats[node.id]
-        below = node.inputs[taken.source]
-        program = Program([below], self._loader, self._stats, self._watch, self._step)
+        chosen = node.inputs[taken.source]
+        program = Program([chosen], self._loader, self._stats, self._watch, self._step)
         return Gather(
             node.shape, taken, lambda start, stop: program.run(start, stop)[0], program.whole, self._loader.device
         )
