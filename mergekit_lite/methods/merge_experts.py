@@ -49,7 +49,7 @@ def merge_experts(xs: Sequence[Tensor], **settings: object) -> Tensor:
     Of a layer's E experts the `into` most used (ties by number) are dominant; every other one joins the dominant one
     that is most similar to it, (cos + 1) / 2 being highest (ties: the more used one). Then
 
-    out_g = sum_e f_e pi_e(W_e) / sum_e f_e over the experts e of group g, with the shares f_e of the tokens, all alike
+    out = sum_e f_e pi_e(W_e) / sum_e f_e over the experts e of a group, with the shares f_e of the tokens, all alike
     where the group is not used. pi_e puts the hidden units of expert e in the order of the dominant expert's r: the
     exact assignment that maximises <W1_r, pi W1_e> + <W3_r, pi W3_e> + <W2_r, W2_e pi^T>.
 

@@ -204,7 +204,7 @@ def _table(
             share = layer.count / layer.into if settings["rows"] == "mean" else 1.0
             for index, name in enumerate(layer.gates):
                 node = table.nodes[name]
-                place = _place(number, -1 - index, None, share * layer.into / layer.count)
+                place = _place(number, -1 - index, None, share)
                 made[name] = builder.mix([node], (layer.into, *node.shape[1:]), step.name, place)
     nodes = {name: new for name, old in table.nodes.items() if (new := made.get(name, old)) is not None}
     dtypes = {name: table.dtypes[name] for name in nodes}
@@ -224,9 +224,7 @@ def _weight(
     below = [table.nodes[name] for name in weight.names]
     if weight.fused:
         shape = (slots, *below[0].shape[1:])
-        count = below[0].shape[0]
-        # Of one tensor, as many parts are read as its slots have members.
-        return {weight.names[0]: builder.mix(below, shape, step.name, _place(*at, None, share * slots / count))}
+        return {weight.names[0]: builder.mix(below, shape, step.name, _place(*at, None, share))}
     made: dict[str, Node | None] = dict.fromkeys(weight.names)
     for slot, name in enumerate(weight.names[:slots]):
         made[name] = builder.mix(below, below[0].shape, step.name, _place(*at, slot, share))

@@ -100,7 +100,7 @@ def make_units(outputs: Sequence[Output]) -> tuple[Unit, ...]:
 
 def among(nodes: Iterable[Node]) -> dict[int, float]:
     """The nodes of which a gathering node reads one, by id: how many there are to choose from. Where it takes means,
-    how many for each that it reads, on average; below 1 where parts of one are its members."""
+    how many for each that it reads, on average; below 1 where it reads several parts of one for each of its own."""
     found: dict[int, float] = {}
     for node in [n for n in nodes if n.reach == "row"]:
         if node.method is not None and node.method.gathers:
@@ -122,8 +122,26 @@ def bytes_read(units: Sequence[Unit], pools: Mapping[str, Sequence[Node]], align
     pooled = [node for members in pools.values() for node in members]
     total += rounds_of(pooled) * _stored_bytes(pooled)
     for alignment in alignments.values():
-        total += passes(alignment) * _stored_bytes(alignment.nodes)
+        if alignment.layers:
+            total += _expert_bytes(alignment)
+        else:
+            total += passes(alignment) * _stored_bytes(alignment.nodes)
     return total
+
+
+def _expert_bytes(alignment: Alignment) -> int:
+    """Bytes that the search for groups of experts reads: all, where the weights tell which are alike, and in any case
+    each expert that joins another together with it, where units are matched."""
+    params, table = dict(alignment.params), alignment.models[0]
+    matched = params["align"] and params["mode"] == "merge"
+    stored = _stored_bytes(table.values())
+    total = 0
+    for layer in alignment.layers:
+        experts = _stored_bytes(table[name] for weight in layer.weights for name in weight.names if name in table)
+        stored -= experts
+        total += experts * (params["similarity"] == "weight")
+        total += experts * 2 * (layer.count - layer.into) // layer.count if matched else 0
+    return total + stored
 
 
 def _stored_bytes(roots: Iterable[Node]) -> int:

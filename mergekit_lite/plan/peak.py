@@ -16,7 +16,7 @@ STATISTIC = 3 << 21  # bytes that a statistic gathers at most: keys near a thres
 # glibc keeps blocks that are freed, and not every next one fits in what is left between those in use. Larger ones, from
 # `MAPPED` bytes on, it gives back.
 KEPT, MAPPED = 1.5, 1 << 25
-PIECES = 1 << 27  # bytes of the pieces of experts whose products tell how alike these are
+PIECES = 1 << 25  # bytes of the pieces of experts whose products tell how alike these are
 SEARCH = 1.75  # the same for the search of an order of units, which holds tensors of many sizes in turn
 KERNEL = 4  # blocks: a stored one, and the temporaries of one kernel
 # The same of methods that take more: blocks of the compute dtype, and further ones for each input.
@@ -147,14 +147,17 @@ def _alignment(alignment: Alignment, size: int) -> Need:
 
 def _experts(alignment: Alignment, size: int) -> Need:
     """Two experts and what it takes to match their units: a copy of what has units as columns, products and the
-    solver's costs."""
+    solver's costs; or pieces of all experts of a layer, whose products are added up."""
     from mergekit_lite.align.memory import pair_bytes
 
     worst = max(alignment.layers, key=lambda layer: pair_bytes(layer, size))
     params = dict(alignment.params)
-    what = "two experts" if params["align"] and params["mode"] == "merge" else "parts of the experts"
-    nbytes = math.ceil(SEARCH * pair_bytes(worst, size)) if what == "two experts" else PIECES
-    return Need(nbytes, f"`{alignment.name}` needs {what} of `{worst.router}` at once")
+    pieces = Need(PIECES if params["similarity"] == "weight" else 0, f"`{alignment.name}` needs pieces of all experts")
+    if not params["align"] or params["mode"] == "prune":
+        return pieces
+    pair = math.ceil(SEARCH * pair_bytes(worst, size))
+    # What the pieces took stays with the allocator.
+    return Need(pair + pieces.nbytes, f"`{alignment.name}` needs two experts of `{worst.router}` at once")
 
 
 def block_bytes(nodes: Sequence[Node], block: int, size: int) -> int:

@@ -26,7 +26,7 @@ from mergekit_lite.run.evaluate import Blocks, subset
 from mergekit_lite.run.mixture import Member, Mixed
 from mergekit_lite.run.program import Loader, Program, Stats
 
-PIECE = 1 << 22  # elements of all experts whose products are summed at once: the same in every run
+PIECE = 1 << 20  # elements of all experts whose products are summed at once: the same in every run
 Report = Callable[[str, int, int], None]
 
 
@@ -143,6 +143,7 @@ class _Look:
                 for piece in range(weight.pieces):
                     use = Use("", 0 if weight.units == "rows" else 1, start=piece * units)
                     add_products(costs, rows(mine.view(shape), use, units), rows(theirs.view(shape), use, units), 1.0)
+                del mine, theirs  # before the next ones are read
         if not np.isfinite(costs).all():
             message = (
                 f"expert {like} or {expert} of `{self.layer.router}` holds NaN, infinite or extremely large values"
