@@ -110,8 +110,8 @@ class _Look:
                 gate = self._whole(name).view(self.layer.count, -1).double().cpu()
             gram = (gate @ gate.T).numpy()
         else:
-            name = self.layer.weights[0].names[0]
             gram = self._products()
+            name = "" if np.isfinite(gram).all() else self._broken(np.diagonal(gram))
         if not np.isfinite(gram).all():
             raise InputError(f"`{name}` holds NaN, infinite or extremely large values", hint="was the file damaged?")
         return similarity(gram)
@@ -145,13 +145,26 @@ class _Look:
                     add_products(costs, rows(mine.view(shape), use, units), rows(theirs.view(shape), use, units), 1.0)
                 del mine, theirs  # before the next ones are read
         if not np.isfinite(costs).all():
-            message = (
-                f"expert {like} or {expert} of `{self.layer.router}` holds NaN, infinite or extremely large values"
-            )
+            norms = [self._norm(e) if e in (like, expert) else 0.0 for e in range(self.layer.count)]
+            message = f"`{self._broken(np.array(norms))}` holds NaN, infinite or extremely large values"
             raise InputError(message, hint="units cannot be matched by such numbers")
         own = np.arange(units, dtype=np.int64)
         found = assign(costs)
         return found if value(costs, found) > value(costs, own) else own
+
+    def _norm(self, expert: int) -> float:
+        """The squared norm of all weights of an expert."""
+        parts = (self._reading(weight, expert)(0, weight.numel) for weight in self.layer.weights)
+        return sum(float(part.square().sum(dtype=torch.float64)) for part in parts)
+
+    def _broken(self, norms: Floats) -> str:
+        """A tensor that makes the squared norm of the first such expert not finite."""
+        bad = np.flatnonzero(~np.isfinite(norms))
+        expert = int(bad[0]) if len(bad) else 0
+        for weight in self.layer.weights:
+            if not bool(torch.isfinite(self._reading(weight, expert)(0, weight.numel).square().sum())):
+                return weight.names[0 if weight.fused else expert]
+        return self.layer.weights[0].names[0]
 
     def _reading(self, weight: Weight, expert: int) -> Callable[[int, int], Tensor]:
         """Gives the elements [start, stop) of one expert's matrix, flat."""

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from transformers import (
@@ -23,7 +24,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from mergekit_lite import load_recipe, plan, run
+
 EXPERTS, TOP = 8, 2
+MIXTRAL = pytest.mark.parametrize("tiny", [("mixtral", False)], indirect=True, ids=["mixtral"])
 _COMMON = {
     "vocab_size": 48,
     "hidden_size": 24,
@@ -171,3 +175,39 @@ def logits_of(model: Any) -> Tensor:
     ids = torch.arange(2 * 24).view(2, 24) * 7 % 48
     with torch.no_grad():
         return model.eval()(ids).logits
+
+
+def write_recipe(path: Path, tiny: Tiny, settings: str, more: str = "") -> Path:
+    models = f"{{a: {tiny.folder}, routers: {tiny.statistics}}}"
+    step = f"m: {{use: merge_experts, of: a, with: {{{settings}}}}}"
+    path.write_text(
+        f"version: 1\n{more}models: {models}\nsteps:\n  {step}\nsave: {{to: {path.with_suffix('')}}}\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def merged(path: Path, **options: Any) -> Path:
+    made = plan(load_recipe(path))
+    run(made, **options)
+    return Path(made.outputs[0].to)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def changed(tiny: Tiny, to: Path, change: Any) -> None:
+    """A copy of the model whose tensors `change` has changed."""
+    to.mkdir()
+    (to / "config.json").write_bytes((tiny.folder / "config.json").read_bytes())
+    held = tensors(tiny.folder)
+    change(held)
+    save_file(held, to / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """The model of this kind, its experts apart or in one tensor."""
+    kind, fused = request.param
+    return write_tiny(tmp_path_factory.mktemp(kind), kind, fused=fused)

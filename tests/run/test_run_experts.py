@@ -11,37 +11,32 @@ from typing import Any
 
 import pytest
 import torch
-from moe_models import COUNT_KEYS, EXPERTS, KINDS, TOP, Tiny, fill, groups_of, logits_of, mean_of, routers, write_tiny
-from safetensors.torch import load_file, save_file
+from moe_models import (
+    COUNT_KEYS,
+    EXPERTS,
+    KINDS,
+    MIXTRAL,
+    TOP,
+    Tiny,
+    changed,
+    fill,
+    groups_of,
+    logits_of,
+    mean_of,
+    merged,
+    routers,
+    tensors,
+    tiny,
+    write_recipe,
+)
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mergekit_lite import InterruptedRun, RecipeError, load_recipe, merge_in_memory, plan, run
+from mergekit_lite import InterruptedRun, load_recipe, merge_in_memory, plan, run
 from mergekit_lite.run.progress import Progress
 
+__all__ = ["tiny"]  # a fixture
 BOTH = [(kind, fused) for kind in KINDS for fused in (False, True)]
-
-
-@pytest.fixture(scope="module")
-def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    kind, fused = request.param
-    return write_tiny(tmp_path_factory.mktemp(kind), kind, fused=fused)
-
-
-def write_recipe(path: Path, tiny: Tiny, settings: str, more: str = "") -> Path:
-    models = f"{{a: {tiny.folder}, routers: {tiny.statistics}}}"
-    step = f"m: {{use: merge_experts, of: a, with: {{{settings}}}}}"
-    path.write_text(
-        f"version: 1\n{more}models: {models}\nsteps:\n  {step}\nsave: {{to: {path.with_suffix('')}}}\n",
-        encoding="utf-8",
-    )
-    return path
-
-
-def merged(path: Path, **options: Any) -> Path:
-    made = plan(load_recipe(path))
-    run(made, **options)
-    return Path(made.outputs[0].to)
 
 
 def whole(
@@ -133,11 +128,6 @@ def expanded(stored: Mapping[str, Tensor], places: Mapping[str, list[int]], full
     return True
 
 
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-MIXTRAL = pytest.mark.parametrize("tiny", [("mixtral", False)], indirect=True, ids=["mixtral"])
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "router_weight": ("similarity: router-weight, statistics: routers", {"similarity": "router-weight"}),
     "weight": ("similarity: weight, statistics: routers", {"similarity": "weight"}),
@@ -216,11 +206,8 @@ def test_as_many_experts_as_before_change_nothing_and_equal_ones_merge_exactly(t
             old[f"{lead}{e}.w1.weight"] = old[f"{lead}0.w1.weight"][p].contiguous()
             old[f"{lead}{e}.w3.weight"] = old[f"{lead}0.w3.weight"][p].contiguous()
             old[f"{lead}{e}.w2.weight"] = old[f"{lead}0.w2.weight"][:, p].contiguous()
-    copies = tmp_path / "copies"
-    copies.mkdir()
-    (copies / "config.json").write_bytes((tiny.folder / "config.json").read_bytes())
-    save_file(old, copies / "model.safetensors", {"format": "pt"})
-    planted = Tiny(tiny.model, copies, tiny.statistics)
+    changed(tiny, tmp_path / "copies", lambda held: held.update(old))
+    planted = Tiny(tiny.model, tmp_path / "copies", tiny.statistics)
     one = tensors(merged(write_recipe(tmp_path / "b.yaml", planted, "into: 1, statistics: routers, router: mapped")))
     for i, usage in tiny.usage.items():
         for weight in ("w1", "w2", "w3"):
@@ -260,50 +247,26 @@ def test_the_oracle_of_a_merged_layer(tmp_path: Path) -> None:
     assert got[f"{lead}gate.weight"].shape == (2, 2)
 
 
-def without(path: Path, tiny: Tiny, change: Any) -> Path:
-    stored = load_file(tiny.statistics)
-    change(stored)
-    save_file(stored, path)
-    return path
-
-
 @MIXTRAL
-def test_wrong_input_is_told_where_it_stands(tiny: Tiny, tmp_path: Path) -> None:
-    gate = "model.layers.1.block_sparse_moe.gate"
-    fewer = without(tmp_path / "fewer.safetensors", tiny, lambda s: s.update({f"{gate}.usage": torch.ones(4).long()}))
-    layer = without(tmp_path / "layer.safetensors", tiny, lambda s: s.pop(f"{gate}.logits_gram"))
-    folder = tmp_path / "routerless"
-    folder.mkdir()
-    (folder / "config.json").write_bytes((tiny.folder / "config.json").read_bytes())
-    save_file({n: t for n, t in tensors(tiny.folder).items() if "gate" not in n}, folder / "model.safetensors")
-    wrong = {
-        "into: 9, statistics: routers": (tiny, "`into: 9` is more than the 8 experts", "into: 9"),
-        "into: 4, statistics: routers, router: compact, protect: [0, 1]": (tiny, "equally many", "protect"),
-        "into: 4, statistics: routers, protect: [1, 3]": (tiny, "has layers 0 to 1", "protect"),
-        "into: 4": (tiny, "needs `statistics`", "merge_experts"),
-        "into: 4, similarity: weight, adaptive: true": (tiny, "`adaptive`", "merge_experts"),
-    }
-    others = [
-        ("into: 4, statistics: routers", Tiny(tiny.model, tiny.folder, fewer), "has 8 experts", "routers"),
-        ("into: 4, statistics: routers", Tiny(tiny.model, tiny.folder, layer), f"router `{gate}`", "routers"),
-        ("into: 4, similarity: weight", Tiny(tiny.model, folder, tiny.statistics), "no router", "of: a"),
-    ]
-    for settings, (model, message, at) in wrong.items():
-        others.append((settings, model, message, at))
-    for number, (settings, model, message, at) in enumerate(others):
-        with pytest.raises(RecipeError) as fault:
-            plan(load_recipe(write_recipe(tmp_path / f"{number}.yaml", model, settings)))
-        problem = fault.value.problems[0]
-        assert message in problem.message and problem.mark is not None and at in problem.mark.text
+def test_what_other_steps_compute_is_merged_as_a_file_would_be(tiny: Tiny, tmp_path: Path) -> None:
+    other, between = tmp_path / "other", tmp_path / "between"
+    changed(tiny, other, lambda held: held.update({n: t + 0.1 * torch.randn_like(t) for n, t in held.items()}))
+    models = f"{{a: {tiny.folder}, b: {other}, routers: {tiny.statistics}"
+    ties = "{use: ties, base: a, of: [b], with: {density: 0.4}}"
 
+    def made(name: str, more: str, steps: str) -> dict[str, Tensor]:
+        path = tmp_path / f"{name}.yaml"
+        text = f"version: 1\nmodels: {models}{more}}}\nsteps:\n{steps}\nsave: {{to: {tmp_path / name}}}\n"
+        path.write_text(text, encoding="utf-8")
+        return tensors(merged(path, block=1))
 
-@pytest.mark.parametrize("tiny", [("deepseek_v3", False)], indirect=True, ids=["deepseek_v3"])
-def test_routing_groups_must_still_divide(tiny: Tiny, tmp_path: Path) -> None:
-    for into, message in ((5, "2 routing groups"), (2, "2 or more")):
-        recipe = write_recipe(tmp_path / f"{into}.yaml", tiny, f"into: {into}, statistics: routers, router: compact")
-        with pytest.raises(RecipeError, match=message):
-            plan(load_recipe(recipe))
-    merged(write_recipe(tmp_path / "alias.yaml", tiny, "into: 2, statistics: routers"))
+    made(between.name, "", f"  t: {ties}")
+    for similarity in ("weight", "router-weight"):
+        settings = f"into: 3, similarity: {similarity}, statistics: routers, router: compact"
+        step = f"  m: {{use: merge_experts, of: t, with: {{{settings}}}}}"
+        apart = made(f"apart-{similarity}", f", t: {between}", step)
+        at_once = made(f"at_once-{similarity}", "", f"  t: {ties}\n{step}")
+        assert list(apart) == list(at_once) and all(torch.equal(apart[name], at_once[name]) for name in apart)
 
 
 @MIXTRAL
