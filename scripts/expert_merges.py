@@ -244,8 +244,8 @@ def page(results: dict[int, dict[str, Any]]) -> str:
     lines += [
         "",
         "Random groups are those of statistics that say nothing of the network, with uniform weights; whether their",
-        "units are matched the specification does not say. *Keep dominants* is `mode: prune`, with the router's rows of",
-        "the experts that are kept, or, under `alias`, with every row.",
+        "units are matched the specification does not say. *Keep dominants* is `mode: prune`, with the router's rows",
+        "of the experts that are kept, or, under `alias`, with every row.",
     ]
     if any(results[s]["recovered"] for s in seeds):
         lines += ["", f"After {RECOVERY} steps of training in which the experts of a group stay one, at 4 experts:", ""]
