@@ -98,8 +98,13 @@ def _make_demo(folder: Path) -> str:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "VENV"))}
     environment |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "80", "NO_COLOR": "1"}
     printed = []
-    # The statistics are what the recipes of `fisher` and `regmean` read.
-    for command in (["make", "--no-print-directory", "demo"], [sys.executable, "scripts/statistics_digits.py"]):
+    # The statistics are what the recipes of `fisher` and `regmean` read, the experts what that of `merge_experts` does.
+    experts = [sys.executable, "scripts/expert_merges.py", "--prepare", "--seeds", "0", "--steps", "2"]
+    for command in (
+        ["make", "--no-print-directory", "demo"],
+        [sys.executable, "scripts/statistics_digits.py"],
+        experts,
+    ):
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)

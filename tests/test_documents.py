@@ -47,8 +47,10 @@ DOCUMENTS = (
 RECIPES = sorted(
     str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "families"
 )
-# The demo's networks read pictures: a recipe about tokens needs others, and `tests/vocabulary` runs it.
-TOKENS = ("recipes/methods/transplant.yaml",)
+# The demo's networks read pictures. A recipe about tokens needs others, and `tests/vocabulary` runs it; one about
+# experts has a test of its own.
+EXPERTS = "recipes/methods/merge_experts.yaml"
+OTHERS = ("recipes/methods/transplant.yaml", EXPERTS)
 PUBLIC = [method.name for method in all_methods().values() if method.public]
 BY_HAND = ("make test", "make venv", "pip ", "git ")
 SKELETON = """\
@@ -130,7 +132,7 @@ def mean_accuracy(weights: digits.Weights, part: str) -> float:
 # Recipes
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if path not in TOKENS])
+@pytest.mark.parametrize("path", [path for path in RECIPES if path not in OTHERS])
 def test_a_recipe_gives_a_network_that_works(path: str, place: Path):
     code, shown = run("run", path)
     assert code == 0 and "warning" not in shown, shown
@@ -144,6 +146,21 @@ def test_a_recipe_gives_a_network_that_works(path: str, place: Path):
             assert {name: tensor.shape for name, tensor in weights.items()} == {n: t.shape for n, t in base.items()}
             # Chance is 0.1; the base has about 0.6.
             assert mean_accuracy(weights, "validation") > 0.5
+
+
+def test_the_recipe_of_merged_experts_gives_a_model_with_fewer(place: Path):
+    from transformers import AutoModelForCausalLM
+
+    code, shown = run("run", EXPERTS)
+    assert code == 0 and "warning" not in shown, shown
+    (save,) = load_recipe(EXPERTS).saves
+    assert save.to is not None
+    models = [AutoModelForCausalLM.from_pretrained(at) for at in ("demo/experts/seed0/model", save.to)]
+    before, after = (model.config.num_local_experts for model in models)
+    assert after < before
+    tokens = torch.arange(40)[None]
+    logits = [model(tokens).logits for model in models]
+    assert logits[0].shape == logits[1].shape and bool(torch.isfinite(logits[1]).all())
 
 
 def test_every_method_has_a_recipe():

@@ -9,6 +9,7 @@ from math import prod
 from mergekit_lite.align.cost import PIECE, ROWS
 from mergekit_lite.align.experts import KEPT
 from mergekit_lite.align.trees import Shapes
+from mergekit_lite.family.moe import ExpertLayer
 from mergekit_lite.family.spaces import Space
 
 
@@ -40,6 +41,13 @@ def matching_bytes(space: Space, shapes: Shapes, *, children: Sequence[Space] = 
         return costs + pieces + flying + 8 * inner * inner + number * ROWS * inner + two + min(experts, KEPT)
     each = 8 * inner * inner * (space.group**2 + 1) + 8 * groups**2 * (len(children) // groups + 1) * inner
     return costs + pieces + flying + each + 2 * sum(sizes[name] for name in used)
+
+
+def pair_bytes(layer: ExpertLayer, number: int = 4) -> int:
+    """The most bytes in use while the hidden units of one expert of a layer are matched with those of another: both
+    whole, one weight of each as rows of units, the products of `ROWS` rows and the costs in float64."""
+    largest = max(weight.numel for weight in layer.weights)
+    return number * (2 * layer.numel + 3 * largest + ROWS * layer.units) + 8 * layer.units**2
 
 
 def _both_axes(space: Space) -> set[str]:

@@ -12,6 +12,7 @@ One file describes one family:
                   default of a missing key, one for all or one per model type with `else`
     vocabulary    optional; the tensors with a row for every token
     experts       optional; where experts stand inside a layer (`mlp.experts.{e}.`)
+    moe           optional; how routers and experts are stored, for merging experts: see moe.py
 
 What lies along the axes of its tensors follows under `sizes`, `spaces`, `axes`, `statistics` and `cases`, all optional:
 see layout.py.
@@ -30,12 +31,15 @@ import yaml
 
 from mergekit_lite.errors import InputError, Mark, MergeError, suggest
 from mergekit_lite.family.layout import FileFault, Layout, parse_layout
+from mergekit_lite.family.moe import MoeRule, parse_moe
 
 # The parser in C where PyYAML was built with it: a tenth of the time.
 _MAX_BYTES = 1 << 20  # of a file that a person wrote
 _MOST_DEPTH = 64
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_OPTIONAL = {"stacks", "prefixes", "tied", "vocabulary", "experts", "sizes", "spaces", "axes", "statistics", "cases"}
+_OPTIONAL = {
+    "stacks", "prefixes", "tied", "vocabulary", "experts", "moe", "sizes", "spaces", "axes", "statistics", "cases",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,7 @@ class FamilyData:
     experts: tuple[str, ...]
     layout: Layout | None = None
     vocabulary: tuple[str, ...] = ()
+    moe: MoeRule | None = None
 
 
 @functools.cache
@@ -198,6 +203,7 @@ def parse(raw: Any, file: str) -> FamilyData:
         experts=experts,
         layout=parse_layout(top, file),
         vocabulary=tuple(top.get("vocabulary", ())),
+        moe=parse_moe(top["moe"], file) if "moe" in top else None,
     )
 
 

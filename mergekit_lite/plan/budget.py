@@ -117,6 +117,7 @@ def _kept(plan: Plan) -> int:
     for alignment in plan.alignments.values():
         chosen = [space for space in alignment.spaces if space.kind in alignment.kinds]
         total += 100 * len(alignment.labels) * sum(space.size for space in chosen)
+        total += 100 * sum(layer.count * (layer.units + 1) for layer in alignment.layers)
     return total
 
 

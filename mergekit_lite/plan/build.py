@@ -121,6 +121,7 @@ def _build(
             tables[step.name] = found
             views.append(_view(step, found))
             warnings += [*_remarks(step, methods[step.use]), *idle_globs(step, found), *without_row(step, found)]
+    warnings += builder.remarks
     adapters = Adapters(builder, recipe, tables, checkpoints, ranks, measure, problems, warnings)
     outputs = make_outputs(recipe, tables, checkpoints, out, check_output, vocabulary, problems, adapters)
     if problems:
@@ -248,6 +249,12 @@ def _step(
     elif method.reach == "structure":
         others = [source(ref) if ref else None for ref in (step.rest, step.below, step.above)]
         table, found = build_stack(step, sources, *others)
+    elif method.name == "merge_experts":
+        from mergekit_lite.plan.experts import build_experts
+
+        given = [source(ref) for ref in statistics(step, method)]
+        table, found, remarks = build_experts(builder, step, method, sources[0], given[0] if given else None)
+        builder.remarks += remarks
     elif method.reach == "alignment":
         from mergekit_lite.plan.alignment import build_alignment
 

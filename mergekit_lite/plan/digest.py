@@ -73,7 +73,9 @@ def plan_digest(
         digest.update(repr((pool, [place[node.id] for node in members])).encode())
     for name, alignment in alignments.items():
         spaces = [space for space in alignment.spaces if space.kind in alignment.kinds]
-        what = (name, alignment.use, alignment.params, alignment.digest, spaces)
+        what: tuple[Any, ...] = (name, alignment.use, alignment.params, alignment.digest, spaces)
+        if alignment.layers:
+            what = (*what, alignment.layers)
         digest.update(repr((what, [place[node.id] for node in alignment.nodes])).encode())
     return digest.hexdigest()
 

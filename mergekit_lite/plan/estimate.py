@@ -31,6 +31,10 @@ def _search(alignment: Alignment) -> float:
     """Nanoseconds of one core for an order of units: in every pass each unit is multiplied with every other one."""
     if not alignment.models or alignment.use == "known":
         return 0.0
+    if alignment.layers:
+        # Every expert but the dominant ones, unit by unit of the one that it joins.
+        pairs = sum((layer.count - layer.into) * layer.units * layer.numel for layer in alignment.layers)
+        return pairs * rates.PRODUCT if dict(alignment.params)["align"] else 0.0
     sizes = {name: node.numel for name, node in alignment.models[0].items()}
     chosen = [space for space in alignment.spaces if space.kind in alignment.kinds]
     products = sum(space.size * sizes[use.tensor] for space in chosen for use in space.uses)

@@ -9,7 +9,9 @@ from typing import Any
 
 from mergekit_lite.checkpoint.meta import Form, TensorMeta
 from mergekit_lite.checkpoint.quantized import Codes
+from mergekit_lite.errors import Problem
 from mergekit_lite.family.family import Family
+from mergekit_lite.methods.merge_experts import mixed
 from mergekit_lite.methods.permute import permuted
 from mergekit_lite.methods.random import Keys
 from mergekit_lite.methods.remap import remapped
@@ -90,6 +92,7 @@ class Builder:
     alignments: dict[str, Alignment] = field(default_factory=dict)
     # By step: the alignment whose order its tensors have, and whether that is undone.
     orders: dict[str, tuple[Alignment, bool]] = field(default_factory=dict)
+    remarks: list[Problem] = field(default_factory=list)  # what deserves a warning
     _known: dict[Any, Node] = field(default_factory=dict)
     _kinds: dict[Any, int] = field(default_factory=dict)
     _programs: dict[tuple[int, str, tuple[str, ...]], _Program] = field(default_factory=dict)
@@ -121,6 +124,26 @@ class Builder:
                 inputs=tuple(inputs),
                 params=place,
                 pool=alignment,
+                reach="row",
+            )
+        return known
+
+    def mix(
+        self, inputs: Sequence[Node], shape: tuple[int, ...], step: str, place: tuple[tuple[str, Any], ...]
+    ) -> Node:
+        """The node of `shape` that takes means of `inputs`, or of parts of one, as the search for groups of experts of
+        `step` will tell; `place` says which of them is meant."""
+        identity = ("mix", step, place, tuple(node.id for node in inputs))
+        known = self._known.get(identity)
+        if known is None:
+            known = self._known[identity] = Node(
+                id=len(self._known),
+                shape=shape,
+                step=step,
+                method=mixed,
+                inputs=tuple(inputs),
+                params=place,
+                pool=step,
                 reach="row",
             )
         return known

@@ -10,6 +10,7 @@ from typing import Any
 
 from mergekit_lite.checkpoint.meta import Checkpoint, TensorMeta
 from mergekit_lite.errors import Problem
+from mergekit_lite.family.moe import ExpertLayer
 from mergekit_lite.family.spaces import Space
 from mergekit_lite.methods.spec import Method, Reach
 from mergekit_lite.recipe.model import Recipe
@@ -44,12 +45,14 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """An order of units that the run finds before it computes tensors, for the steps that share it.
+    """An order of units, or groups of experts, that the run finds before it computes tensors, for the steps that share
+    it.
 
     `use` is the method (`permute`, `reorder`, `merge_many`), or `known` where a file holds the order; `spaces` are all
     spaces of the model, of which those of `kinds` are put in order. `models` are the tensors that are looked at, by
     name: first the one to resemble, where there is one. `activations` are matrices by space, in the order of `models`.
-    `digest` is that of the file, `labels` are the names of the models that are put in order.
+    `digest` is that of the file, `labels` are the names of the models that are put in order. Of `merge_experts`,
+    `layers` are those whose experts are grouped, and `section` is where config.json speaks of them.
     """
 
     name: str
@@ -61,6 +64,8 @@ class Alignment:
     activations: tuple[Mapping[str, Node], ...] = ()
     params: tuple[tuple[str, Any], ...] = ()
     digest: str | None = None
+    layers: tuple[ExpertLayer, ...] = ()
+    section: str = ""
 
     @property
     def nodes(self) -> tuple[Node, ...]:

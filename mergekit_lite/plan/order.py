@@ -102,13 +102,15 @@ def make_units(outputs: Sequence[Output]) -> tuple[Unit, ...]:
     return tuple(units)
 
 
-def among(nodes: Iterable[Node]) -> dict[int, int]:
-    """The nodes of which a gathering node reads one, by id: how many there are to choose from."""
-    found: dict[int, int] = {}
+def among(nodes: Iterable[Node]) -> dict[int, float]:
+    """The nodes of which a gathering node reads one, by id: how many there are to choose from. Where it takes means,
+    how many for each that it reads, on average; below 1 where it reads several parts of one for each of its own."""
+    found: dict[int, float] = {}
     for node in [n for n in nodes if n.reach == "row"]:
-        method = node.method
-        if method is not None and method.gathers and not method.combines and len(node.inputs) > 1:
-            found.update((below.id, len(node.inputs)) for below in walk(node.inputs))
+        if node.method is not None and node.method.gathers and not node.method.combines:
+            choice = len(node.inputs) / dict(node.params).get("members", 1.0)
+            if choice != 1:
+                found.update((below.id, choice) for below in walk(node.inputs))
     return found
 
 
@@ -124,8 +126,26 @@ def bytes_read(units: Sequence[Unit], pools: Mapping[str, Sequence[Node]], align
     pooled = [node for members in pools.values() for node in members]
     total += rounds_of(pooled) * _stored_bytes(pooled)
     for alignment in alignments.values():
-        total += passes(alignment) * _stored_bytes(alignment.nodes)
+        if alignment.layers:
+            total += _expert_bytes(alignment)
+        else:
+            total += passes(alignment) * _stored_bytes(alignment.nodes)
     return total
+
+
+def _expert_bytes(alignment: Alignment) -> int:
+    """Bytes that the search for groups of experts reads: all, where the weights tell which are alike, and in any case
+    each expert that joins another together with it, where units are matched."""
+    params, table = dict(alignment.params), alignment.models[0]
+    matched = params["align"] and params["mode"] == "merge"
+    stored = _stored_bytes(table.values())
+    total = 0
+    for layer in alignment.layers:
+        experts = _stored_bytes(table[name] for weight in layer.weights for name in weight.names if name in table)
+        stored -= experts
+        total += experts * (params["similarity"] == "weight")
+        total += experts * 2 * (layer.count - layer.into) // layer.count if matched else 0
+    return total + stored
 
 
 def _stored_bytes(roots: Iterable[Node]) -> int:
@@ -148,9 +168,13 @@ def _stored_bytes(roots: Iterable[Node]) -> int:
 
 def passes(alignment: Alignment) -> int:
     """How often the tensors of an alignment are usually read: once where no space depends on another, else in some
-    sweeps."""
+    sweeps. Experts are read to find which are alike, where their weights tell, and to match their units, each with the
+    dominant one of its group."""
     if alignment.activations or alignment.use == "reorder":
         return 1
+    if alignment.layers:
+        params = dict(alignment.params)
+        return int(params["similarity"] == "weight") + 2 * int(params["align"]) or 1
     axes: dict[str, set[str]] = {}
     for space in alignment.spaces:
         if space.kind in alignment.kinds and space.parent is None:
@@ -186,7 +210,7 @@ def _pass_bytes(nodes: Sequence[Node], numel: int) -> int:
     for node in loads:
         way, owner = aside.get(node.id, ("", node))
         share = numel if not way else node.numel * numel // max(1, owner.numel) if way == "rows" else node.numel
-        total += load_bytes(node, share) // choice.get(node.id, 1)
+        total += int(load_bytes(node, share) / choice.get(node.id, 1))
     return total
 
 

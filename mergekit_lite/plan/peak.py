@@ -18,6 +18,7 @@ STATISTIC = 3 << 21  # bytes that a statistic gathers at most: keys near a thres
 # glibc keeps blocks that are freed, and not every next one fits in what is left between those in use. Larger ones, from
 # `MAPPED` bytes on, it gives back.
 KEPT, MAPPED = 1.5, 1 << 25
+PIECES = 1 << 25  # bytes of the pieces of experts whose products tell how alike these are
 SEARCH = 1.75  # the same for the search of an order of units, which holds tensors of many sizes in turn
 KERNEL = 4  # blocks: a stored one, and the temporaries of one kernel
 # The same of methods that take more: blocks of the compute dtype, and further ones for each input.
@@ -167,6 +168,8 @@ def _alignment(alignment: Alignment, size: int) -> Need:
     """The costliest space: its tensors of two models, and what the solver of an assignment takes."""
     if alignment.use == "known":
         return Need(0)
+    if alignment.layers:
+        return _experts(alignment, size)
     from mergekit_lite.align.memory import matching_bytes
 
     shapes = {name: node.shape for table in alignment.models for name, node in table.items()}
@@ -183,6 +186,21 @@ def _alignment(alignment: Alignment, size: int) -> Need:
     )
 
 
+def _experts(alignment: Alignment, size: int) -> Need:
+    """Two experts and what it takes to match their units: a copy of what has units as columns, products and the
+    solver's costs; or pieces of all experts of a layer, whose products are added up."""
+    from mergekit_lite.align.memory import pair_bytes
+
+    worst = max(alignment.layers, key=lambda layer: pair_bytes(layer, size))
+    params = dict(alignment.params)
+    pieces = Need(PIECES if params["similarity"] == "weight" else 0, f"`{alignment.name}` needs pieces of all experts")
+    if not params["align"] or params["mode"] == "prune":
+        return pieces
+    pair = math.ceil(SEARCH * pair_bytes(worst, size))
+    # What the pieces took stays with the allocator.
+    return Need(pair + pieces.nbytes, f"`{alignment.name}` needs two experts of `{worst.router}` at once")
+
+
 def block_bytes(nodes: Sequence[Node], block: int, size: int) -> int:
     """What one thread needs for a block of the last of `nodes`, inputs before users."""
     grain = grain_of(nodes)
@@ -191,7 +209,9 @@ def block_bytes(nodes: Sequence[Node], block: int, size: int) -> int:
     numel = max(map(math.prod, {n.shape for n in nodes if n.id not in aside}))
     elements = min(numel, max(grain, block // grain * grain))
     # Every node's block lives until the block is done; and there are the temporaries of one kernel.
-    there = sum(1 / choice.get(n.id, 1) for n in nodes)
+    # Members of a mean come one after the other.
+    mixes = any(n.method is not None and n.method.name == "mixed" for n in nodes)
+    there = 3 if mixes and nodes[-1].pool else sum(1 / choice.get(n.id, 1) for n in nodes)
     kernels = max([_kernel(node) for node in nodes])
     blocks = math.ceil(elements * size * (math.ceil(there) - len(aside) + kernels))
     # What is read beside them is held for the whole tensor, with a part of it put in order for a kernel, unless it

@@ -50,6 +50,10 @@ def solve(alignment: Alignment, stats: Stats, blocks: Blocks, threads: Executor,
     """Find the order of `alignment`. `stats` hold what its models need. Raises InputError where a file of permutations
     is not what it was when the plan was made, where a tensor holds NaN, and what reading raises."""
     params = dict(alignment.params)
+    if alignment.layers:
+        from mergekit_lite.run.experts import solve_experts
+
+        return Solved(*solve_experts(alignment, stats, blocks, threads, report))
     if alignment.use == "known":
         return Solved(tuple(read_file(params["from"], alignment.spaces, alignment.digest)), {})
     spaces, shapes = alignment.spaces, shapes_of(alignment)
@@ -108,6 +112,10 @@ def _tensors(table: Mapping[str, Node], stats: Stats, blocks: Blocks) -> Callabl
 
 def places(alignment: Alignment, solved: Solved, nodes: Iterable[Node]) -> Stats:
     """Where each of the `nodes` that this alignment permutes takes its rows from."""
+    if alignment.layers:
+        from mergekit_lite.run.experts import members
+
+        return members(alignment, solved.permutations[0], solved.figures, nodes)
     shapes = shapes_of(alignment)
     known: dict[tuple[int, bool], dict[str, Move]] = {}
     found: Stats = {}

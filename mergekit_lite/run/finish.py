@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ from mergekit_lite.checkpoint.adapter import CONFIG as ADAPTER
 from mergekit_lite.checkpoint.extras import copy_extras, find_extras, output_config
 from mergekit_lite.checkpoint.meta import BIT
 from mergekit_lite.errors import InputError, Problem, StoppedError
+from mergekit_lite.family.section import assign
 from mergekit_lite.limits import hint_for
 from mergekit_lite.plan.lock import NAME as LOCK
 from mergekit_lite.plan.model import Output, OutTensor, Plan, Unit
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 RECIPE = "recipe.yaml"
 CARD = "README.md"
 PERMUTATIONS = "permutations"
+EXPERTS = "experts"
+EXPERT_MAP = "expert_map"  # the key of config.json that says which stored expert each row of a router means
 
 
 def input_files(plan: Plan) -> list[Path]:
@@ -103,7 +108,8 @@ def complete(
     beside: Beside = {}
     for output in plan.outputs:
         try:
-            names = [*_extras(plan, output, keep_auto_map), *_permutations(plan, output, solved)]
+            mapped = _with_map(plan, output, solved)
+            names = [*_extras(plan, mapped, keep_auto_map), *_permutations(plan, output, solved)]
             paths = {name: partial(output.to) / name for name in names}
             digests = file_digests(paths.values(), 1)
             beside[output.to] = {name: (path.stat().st_size, digests[str(path)]) for name, path in paths.items()}
@@ -158,11 +164,14 @@ def _permutations(plan: Plan, output: Output, solved: Mapping[str, Solved]) -> l
         return []
     from mergekit_lite.align.file import to_bytes
 
-    used = {node.pool for node in walk(tensor.node for tensor in output.tensors)}
+    used = _used(output)
     folder = partial(output.to) / PERMUTATIONS
     names = []
     for name, found in solved.items():
         if name not in used or plan.alignments[name].use == "known":
+            continue
+        if plan.alignments[name].layers:
+            names.append(_groups(plan, output, name, found))
             continue
         folder.mkdir(exist_ok=True)
         labels = plan.alignments[name].labels
@@ -181,6 +190,36 @@ def _dtypes_of_parts(output: Output) -> dict[str, str]:
     for shard in output.shards:
         found.setdefault(shard.file.rpartition("/")[0], []).extend(shard.tensors)
     return {home: _main_dtype(tensors) for home, tensors in found.items()}
+
+
+def _used(output: Output) -> set[str | None]:
+    """The orders of units and the groups of experts that went into an output, by name."""
+    return {node.pool for node in walk(tensor.node for tensor in output.tensors)}
+
+
+def _groups(plan: Plan, output: Output, name: str, found: Solved) -> str:
+    """Puts the groups of experts that were merged into a file beside an output; its name."""
+    from mergekit_lite.run.experts import groups_text
+
+    folder = partial(output.to) / EXPERTS
+    folder.mkdir(exist_ok=True)
+    text = groups_text(plan.alignments[name], found.permutations[0], found.figures)
+    _write(folder / f"{name}.json", json.dumps(text, indent=1) + "\n")
+    fsync_folder(folder)
+    return f"{EXPERTS}/{name}.json"
+
+
+def _with_map(plan: Plan, output: Output, solved: Mapping[str, Solved]) -> Output:
+    """The output with the map of its routers in its configuration, where a step has left one."""
+    for name in solved.keys() & _used(output) if solved else ():
+        alignment = plan.alignments[name]
+        if alignment.layers and dict(alignment.params)["router"] == "mapped":
+            from mergekit_lite.run.experts import expert_map
+
+            config = copy.deepcopy(dict(output.config))
+            assign(config, alignment.section + EXPERT_MAP, expert_map(alignment, solved[name].permutations[0]))
+            return replace(output, config=config)
+    return output
 
 
 def _main_dtype(tensors: Sequence[OutTensor]) -> str:

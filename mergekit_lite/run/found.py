@@ -105,7 +105,8 @@ def _folder() -> Path | None:
 def _search(alignment: Alignment) -> str:
     """What is searched for, as a name: the settings, the spaces, how each tensor is computed from those stored."""
     spaces = [space for space in alignment.spaces if space.kind in alignment.kinds]
-    digest = hashlib.sha256(repr((ARITHMETIC, alignment.use, alignment.params, spaces)).encode())
+    what = (ARITHMETIC, alignment.use, alignment.params, spaces, *alignment.layers)
+    digest = hashlib.sha256(repr(what).encode())
     place: dict[int, int] = {}
     for node in walk(alignment.nodes):
         place[node.id] = len(place)
@@ -132,6 +133,10 @@ def _sound(alignment: Alignment, data: Any) -> bool:
     from mergekit_lite.align.apply import fault
     from mergekit_lite.run.alignment import Solved
 
+    if alignment.layers:
+        from mergekit_lite.run.experts import sound
+
+        return sound(alignment, data)
     spaces = {space.name: space for space in alignment.spaces}
     try:
         solved = Solved.from_json(data)

@@ -28,6 +28,21 @@ class Taken:
     orders: Mapping[int, Order]
 
 
+def read_rows(read: Callable[[int, int], Tensor], rows: Order, width: int) -> Tensor:
+    """The rows of `width` elements of these numbers, flat, in memory of their own. `read` gives the elements
+    [start, stop) of the tensor that they lie in."""
+    # Neighbours that stay neighbours, such as the rows of a head, are read at once.
+    cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+    out: Tensor | None = None
+    for i, j in itertools.pairwise(cuts):
+        if i < j:
+            part = read(int(rows[i]) * width, (int(rows[i]) + j - i) * width)
+            if out is None:
+                out = part.new_empty(len(rows) * width)
+            out[i * width : j * width] = part
+    return out if out is not None else torch.empty(0)
+
+
 class Gather:
     """Blocks of whole rows of a tensor of `shape` in the order of `taken`. `read` gives the elements [start, stop) of
     the tensor in its old order, flat; with `whole` it can give all of them only. For one thread."""
@@ -58,26 +73,13 @@ class Gather:
         if self._rows is None:
             rows = self._read(start, stop)
         else:
-            rows = self._gathered(self._rows[top:bottom])
+            rows = read_rows(self._read, self._rows[top:bottom], self._width)
         return self._order(rows.view(bottom - top, *self._shape[1:])).reshape(-1)
 
     def _picked(self, tensor: Tensor) -> Tensor:
         if self._rows is None:
             return tensor
         return tensor.index_select(0, torch.from_numpy(self._rows).to(tensor.device))
-
-    def _gathered(self, rows: Order) -> Tensor:
-        # Neighbours that stay neighbours, such as the rows of a head, are read at once.
-        cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-        width = self._width
-        out: Tensor | None = None
-        for i, j in itertools.pairwise(cuts):
-            if i < j:
-                part = self._read(int(rows[i]) * width, (int(rows[i]) + j - i) * width)
-                if out is None:
-                    out = part.new_empty(len(rows) * width)
-                out[i * width : j * width] = part
-        return out if out is not None else torch.empty(0)
 
     def _order(self, tensor: Tensor) -> Tensor:
         for axis, order in self._others.items():

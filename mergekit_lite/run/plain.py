@@ -77,7 +77,7 @@ class _Loader:
     """Stored numbers as `Numbers`. For one thread."""
 
     def __init__(self, source: ByteSource):
-        self._source = source
+        self.source = source
         self._raw = np.empty(0, dtype=np.uint16)
         self.shared = Shared()
 
@@ -89,13 +89,13 @@ class _Loader:
         """Elements [start, stop) of a tensor, flat, in memory of their own. Raises _NotFinite."""
         bits = np.empty(stop - start, dtype=np.uint32)
         if meta.dtype == "F32":
-            self._source.read_bytes(meta, 4 * start, 4 * stop, bits.data.cast("B"))
+            self.source.read_bytes(meta, 4 * start, 4 * stop, bits.data.cast("B"))
             _check_finite(bits)
         else:
             if len(self._raw) < stop - start:
                 self._raw = np.empty(stop - start, dtype=np.uint16)
             raw = self._raw[: stop - start]
-            self._source.read_bytes(meta, 2 * start, 2 * stop, raw.data.cast("B"))
+            self.source.read_bytes(meta, 2 * start, 2 * stop, raw.data.cast("B"))
             _check_finite(raw)
             np.copyto(bits, raw)
             bits <<= 16

@@ -18,6 +18,7 @@ from mergekit_lite.plan.words import count
 from mergekit_lite.run.bits import load_bits
 from mergekit_lite.run.copy import ByteSource
 from mergekit_lite.run.gather import Gather, Remap
+from mergekit_lite.run.mixture import Mixture
 from mergekit_lite.run.transplant import Shared, Source, Transplant
 from mergekit_lite.vocabulary.graft import Graft
 
@@ -32,6 +33,8 @@ class Loads(Protocol):
     is what those of all threads hold together."""
 
     shared: Shared
+
+    source: ByteSource
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +107,7 @@ class _Operation:
     shapes: tuple[tuple[int, ...], ...] = ()  # of the inputs, for a matrix method
     length: int = 0  # of a row, for a row method
     beside: tuple[_Beside, ...] = ()
-    gather: Gather | Remap | Transplant | None = None
+    gather: Gather | Remap | Mixture | Transplant | None = None
     spent: list[int] = field(default_factory=list)
 
 
@@ -205,8 +208,12 @@ class Program:
         operation.inputs = tuple(place[below.id] for below in inputs)
         return operation
 
-    def _gather(self, node: Node) -> Gather | Remap | Transplant:
+    def _gather(self, node: Node) -> Gather | Remap | Mixture | Transplant:
         place = dict(node.params)
+        if "members" in place:
+            below = [Program([n], self._loader, self._stats, self._watch, self._step) for n in node.inputs]
+            whole = [n.numel if p.whole else None for n, p in zip(node.inputs, below, strict=True)]
+            return Mixture(self._stats[node.id], [_reading(p) for p in below], whole, self._loader.device)
         if "graft" in place:
             return self._transplant(node, place["graft"], place["k"])
         if "rows" in place:
@@ -219,8 +226,8 @@ class Program:
             sizes = [below.numel if p.whole else None for below, p in zip(node.inputs, programs, strict=True)]
             return Remap(math.prod(node.shape[1:]), place["rows"], [_reading(program) for program in programs], sizes)
         taken = self._stats[node.id]
-        below = node.inputs[taken.source]
-        program = Program([below], self._loader, self._stats, self._watch, self._step)
+        chosen = node.inputs[taken.source]
+        program = Program([chosen], self._loader, self._stats, self._watch, self._step)
         return Gather(
             node.shape, taken, lambda start, stop: program.run(start, stop)[0], program.whole, self._loader.device
         )
