@@ -58,7 +58,6 @@ def with_masks(store: Checkpoint, task: str) -> Checkpoint:
     vector = dict(_named(multi, MULTI, store))
     return replace(
         store,
-        location=f"{store.location}#{task}",
         shards=(*store.shards, multi.shard, used.shard),
         masks=Masks(task, vector, _bits(used, task, vector, store)),
     )
