@@ -73,7 +73,6 @@ def test_a_task_of_a_store_is_streamed_by_its_own_files(hub: Hub, here: Path) ->
     mergekit_lite.run(mergekit_lite.plan(mergekit_lite.load_recipe("store.yaml"), threads=1), threads=1)
     files = {path.name: path.read_bytes() for path in Path("store").iterdir()}
     commit = hub.add("org/store", files).refs["main"]
-    recipe = 'version: 1\nmodels: {m: "%s#code%s"}\nsave: {step: m}\n'
     hub.log.clear()
     streamed = merged(task(f"org/store#code@{commit}"), "stream", "far")
     asked = {request.path for request in hub.log if request.path.endswith(".safetensors")}
