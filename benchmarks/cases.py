@@ -27,6 +27,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "slerp": {"t": 0.4},
     "sparsify": {"density": 0.2},
     "task_arithmetic": {"lambda": 0.4},
+    "tucker": {"rank": 32},
     "wudi": {"steps": 10},  # of 300: the cost of a step, and little else
 }
 # A method once more, with other settings: label -> (method, settings).
@@ -41,7 +42,9 @@ PARTS: Mapping[str, str] = {
     "delta": "gives a delta",
     "importance": "gives scores",
     "keep_shared": "takes masks",
+    "merge_experts": "takes a mixture of experts",
     "take_important": "takes scores",
+    "transplant": "takes two tokenizers",
 }
 STRUCTURE = ("stack", "linear+ties")
 # What mergekit has too: parameters beside a model, parameters of the merge. Its numbers are those of SETTINGS.

@@ -62,9 +62,8 @@ def load(checkpoint: Checkpoint, location: str, device: Any, device_map: str | N
     dtype = torch.float32 if 2 * sum(half) > sum(m.numel for m in checkpoint.tensors.values()) else "auto"
     if device_map is not None and device_map not in MAPS:
         raise UsageError(f"there is no device map `{device_map}`", hint=", ".join(f"`{name}`" for name in MAPS))
-    settings: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     with quiet(), _refusals(location):
-        config = library.AutoConfig.from_pretrained(checkpoint.folder, **settings)
+        config = library.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
         made, said = _class(library, config).from_pretrained(
             checkpoint.folder,
             config=config,
@@ -73,7 +72,8 @@ def load(checkpoint: Checkpoint, location: str, device: Any, device_map: str | N
             experts_implementation="eager",  # the other forms hide the inputs of each expert
             device_map=device_map,
             output_loading_info=True,
-            **settings,
+            local_files_only=True,
+            trust_remote_code=False,
         )
         missing = sorted(said["missing_keys"])
         if missing:

@@ -10,13 +10,14 @@ can, does.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from mergekit_lite import sandbox
@@ -102,16 +103,30 @@ def _load(place: Path) -> dict[str, str]:
 
 
 def _store(place: Path, fresh: Mapping[str, str]) -> None:
-    """Add to the cache, in one step: who reads at the same time finds it as it was or as it is now. What another
-    process adds meanwhile may be lost, which costs that the file is digested again."""
-    digests = {key: digest for key, digest in _load(place).items() if key not in fresh} | dict(fresh)
-    kept = dict(list(digests.items())[-MOST:])
+    """Add to the cache, in one step: who reads at the same time finds it as it was or as it is now. Who adds waits for
+    the others, so that nothing is lost."""
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix="digests.", dir=place.parent)
+    with _alone(place.parent):
+        digests = {key: digest for key, digest in _load(place).items() if key not in fresh} | dict(fresh)
+        kept = dict(list(digests.items())[-MOST:])
+        handle, name = tempfile.mkstemp(prefix="digests.", dir=place.parent)
+        try:
+            with open(handle, "w", encoding="ascii") as file:
+                json.dump({"format": FORMAT, "digests": kept}, file, separators=(",", ":"))
+            os.replace(name, place)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock; where file systems have none, what another process adds meanwhile may be lost, which
+    costs that a file is digested again."""
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
     try:
-        with open(handle, "w", encoding="ascii") as file:
-            json.dump({"format": FORMAT, "digests": kept}, file, separators=(",", ":"))
-        os.replace(name, place)
-    except BaseException:
-        os.unlink(name)
-        raise
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -105,11 +105,13 @@ def test_an_escaped_or_doubled_key_does_not_pass(trap: Path) -> None:
 
 
 def test_nothing_of_ours_asks_for_remote_code() -> None:
-    """`trust_remote_code` is passed by no call and stands as no key: transformers then never imports it."""
+    """`trust_remote_code` is passed as False where it is, and stands as no key: transformers then never imports it, nor
+    asks whether to."""
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
-            assert not (isinstance(node, ast.keyword) and node.arg == "trust_remote_code"), path
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert isinstance(node.value, ast.Constant) and node.value.value is False, path
             assert not (isinstance(node, ast.Constant) and node.value == "trust_remote_code"), path
             found = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
             assert found not in ("unpickle", "get_class_from_dynamic_module", "run_path"), path

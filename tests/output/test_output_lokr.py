@@ -118,7 +118,7 @@ def test_what_peft_has_no_lokr_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("as: loha, base: base, rank: 2", "`as` must be lora or lokr"),
+        ("as: loha, base: base, rank: 2", "`as` must be lora, lokr or masks"),
         ("as: lokr, base: base, rank: 2, svd: randomised", "no randomised search"),
         ("as: lokr, rank: 2", "names its `base`"),
     ],
