@@ -246,9 +246,16 @@ def _step(
     if method.reach == "vocabulary":
         (vocabulary,) = (source(ref) for ref in statistics(step, method))
         table, found = build_transplant(builder, step, sources[0], vocabulary, checkpoints)
+    elif method.name == "moe":
+        from mergekit_lite.plan.mixture import build_mixture
+
+        assert step.base is not None  # the check of the recipe has seen to it
+        others = {ref.name: source(ref) for ref in statistics(step, method)}
+        table, found, remarks = build_mixture(builder, step, method, sources, source(step.base), others)
+        builder.remarks += remarks
     elif method.reach == "structure":
-        others = [source(ref) if ref else None for ref in (step.rest, step.below, step.above)]
-        table, found = build_stack(step, sources, *others)
+        outside = [source(ref) if ref else None for ref in (step.rest, step.below, step.above)]
+        table, found = build_stack(step, sources, *outside)
     elif method.name == "merge_experts":
         from mergekit_lite.plan.experts import build_experts
 
