@@ -209,9 +209,7 @@ def window_lost(style: Style, config: Mapping[str, Any]) -> int | None:
     return window if used and isinstance(window, int) and not style.window else None
 
 
-def mixture_config(
-    style: Style, config: Mapping[str, Any], numbers: Numbers, layer: frozenset[str]
-) -> dict[str, Any]:
+def mixture_config(style: Style, config: Mapping[str, Any], numbers: Numbers, layer: frozenset[str]) -> dict[str, Any]:
     """config.json of the mixture, made of the dense model's. `layer` are the names of the tensors of a layer."""
     dense = str(config["model_type"])
     made: dict[str, Any] = copy.deepcopy(dict(config))

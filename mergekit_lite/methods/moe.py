@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mergekit_lite.family.mixtures import STYLES
 from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.methods.random import normal_numbers, uniform_words
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.spec import REQUIRED, Block, Method, Param, Params
 
+STYLES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek", "glm4_moe")  # family/mixtures.py has what they are
 _LEARNED = ("hidden", "embedding")
 _LEAST = 1e-8  # a direction shorter than this stays as short as it is
 
@@ -48,7 +48,7 @@ def _remark(params: Params, inputs: int) -> str | None:
 
 
 @method(
-    Param("style", "choice", REQUIRED, "what the mixture is laid out like", choices=tuple(STYLES)),
+    Param("style", "choice", REQUIRED, "what the mixture is laid out like", choices=STYLES),
     Param("per_token", "integer", 2, "experts that a token goes to", low=1),
     Param("gates", "choice", "random", "where gates come from", choices=("random", "uniform", *_LEARNED)),
     Param("gate_std", "number", 0.02, "standard deviation of random gates", low=0),
@@ -79,15 +79,15 @@ def moe(xs: Sequence[Tensor], **settings: object) -> Tensor:
     - `mixtral`: from Llama or Mistral. All layers have experts, none is shared.
     - `qwen2_moe`: from Qwen2, Llama or Mistral, with a shared expert that has a gate of its own.
     - `qwen3_moe`: from Qwen3.
-    - `deepseek`: from Llama or Mistral, laid out like the first DeepSeek-MoE, for which transformers needs code from the
+    - `deepseek`: from Llama or Mistral, laid out like the first DeepSeek-MoE, whose code transformers takes from the
       Hub; from a dense DeepSeek-V2 or V3 a mixture of the same type, with a shared expert.
     - `glm4_moe`: from Llama, Mistral, Qwen2 or Qwen3: DeepSeek-V3's experts, with a shared one, under attention that
       stock transformers loads.
 
     With `noise` s and `scale` c an expert has c (W + s n) as its matrix out of the hidden units and W + s n as the
     others, n standard normal. Where neither is set weights are copied as they are. The weights of the chosen experts
-    add up to 1 (but for DeepSeek-V2, whose code does not make them), so experts that are all equal give the dense model.
-    A shared expert comes on top: then `scale` and `shared_scale` of 0.5 keep the sum.
+    add up to 1 (but in DeepSeek-V2, whose code leaves them as they are), so experts that are all equal give the dense
+    model. A shared expert comes on top: then `scale` and `shared_scale` of 0.5 keep the sum.
 
     - `gates: random` draws gates from a normal distribution with `gate_std`, `uniform` from +-1/sqrt(width).
     - `gates: hidden` takes for expert e in layer l the direction g = h / |h| of h = h+ - h-, where h+ and h- are the

@@ -6,19 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mergekit_lite.checkpoint.meta import MERGEABLE
-from mergekit_lite.errors import Mark, Problem, RecipeError
+from mergekit_lite.errors import Problem, RecipeError
 from mergekit_lite.family.family import Stack, family_of
-from mergekit_lite.family.mixtures import COMPUTED, DENSE, STYLES, Numbers, Style, mixture_config, window_lost
+from mergekit_lite.family.mixtures import COMPUTED, DENSE, Numbers, mixture_config
 from mergekit_lite.methods.moe import random_gates, state_gates, upcycled, zeros
 from mergekit_lite.methods.spec import Method, Slot
+from mergekit_lite.plan.dense import mark_of, stack_of, style_of, unfit, units_of, window_remark
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.model import Node
 from mergekit_lite.plan.settings import constant
 from mergekit_lite.plan.steps import Source, listed
 from mergekit_lite.recipe.model import Step
 
-Made = tuple[Table, list[Problem], list[Problem]]
 _STATES = "make it with `merge stats --collect hidden` and the step's `base`"
 
 
@@ -41,37 +40,22 @@ class _States:
 
 
 def build_mixture(
-    builder: Builder, step: Step, method: Method, sources: Sequence[Source], base: Source, others: Mapping[str, Source]
-) -> Made:
-    """The result of `step`, what is wrong with it and what deserves a warning. `others` are what its settings name, by
-    name."""
+    builder: Builder, step: Step, method: Method, sources: Sequence[Source], named: Mapping[str, Source]
+) -> tuple[Table, list[Problem]]:
+    """The result of `step` and what is wrong with it. `named` are the base and what settings name, by name."""
+    assert step.base is not None  # the check of the recipe has seen to it
+    base = named[step.base.name]
     empty = replace(base.table, nodes={})
-    problems = _unfit(step, [*sources, base])
+    problems = unfit(step, [*sources, base])
     settings = constant(step, method)
     if problems or settings is None:
-        return empty, problems, []
+        return empty, problems
     try:
-        making = _Making(builder, step, settings, sources, base, others)
-        return making.table(), [], making.remarks
+        making = _Making(builder, step, settings, sources, base, named)
+        builder.remarks += making.remarks
+        return making.table(), []
     except RecipeError as fault:
-        return empty, list(fault.problems), []
-
-
-def _unfit(step: Step, sources: Iterable[Source]) -> list[Problem]:
-    given = [*step.params.values(), *(value for item in step.of for value in item.params.values())]
-    problems = [
-        Problem("this setting is one value for all tensors", value.mark, "give it plainly")
-        for value in given
-        if not value.constant
-    ]
-    for source in sources:
-        if source.table.space != "weight":
-            hint = "add it to its base first: `use: add`"
-            problems.append(Problem(f"`{step.use}` takes whole models, `{source.name}` is a delta", source.mark, hint))
-        if source.table.quantized:
-            hint = "save it in bfloat16 first (transformers: `model.dequantize()`), then merge"
-            problems.append(Problem(f"`{source.name}` is quantised: its numbers are codes", source.mark, hint))
-    return list(dict.fromkeys(problems))
+        return empty, list(fault.problems)
 
 
 class _Making:
@@ -87,19 +71,19 @@ class _Making:
         others: Mapping[str, Source],
     ):
         self._builder, self._step, self._settings, self._base = builder, step, settings, base
-        self.remarks: list[Problem] = []
-        self._style = self._style_of(sources, others)
-        self._stack = _stack(base)
+        self._style = style_of(step, settings, sources, base, others)
+        self.remarks = window_remark(self._style, base)
+        self._stack = stack_of(base)
         self._width = self._checked_base()
         self._experts = [
-            _Expert(source, _stack(source), noise, scale)
+            _Expert(source, stack_of(source), noise, scale)
             for source, count, noise, scale in zip(
                 sources, settings["copies"], settings["noise"], settings["scale"], strict=True
             )
             for _ in range(count)
         ]
         shared = settings["shared"] and others[settings["shared"]]
-        self._shared = _Expert(shared, _stack(shared), 0.0, settings["shared_scale"]) if shared else None
+        self._shared = _Expert(shared, stack_of(shared), 0.0, settings["shared_scale"]) if shared else None
         self._numbers = self._checked_experts()
         self._states = [
             _States(others[hidden], others[negative] if negative else None)
@@ -190,50 +174,6 @@ class _Making:
         call = state_gates(len(states), self._width)(*slots, layer=layer, negative=negative)
         return self._builder.call(call, [*means, *against], [""] * (len(means) + len(against)), self._step.name, name)
 
-    def _style_of(self, sources: Sequence[Source], others: Mapping[str, Source]) -> Style:
-        """The style for the base's type, which all inputs must be of."""
-        wanted, base = self._settings["style"], self._base
-        known, stated = STYLES[wanted], base.table.config.get("model_type")
-        if stated not in known:
-            fitting = [name for name, types in STYLES.items() if stated in types]
-            hint = f"`{wanted}` is made of {_words(known)}"
-            hint += f"; of `{stated}` can be made {_words(fitting)}" if fitting else ""
-            raise RecipeError(Problem(f"`{base.name}` is of the model type `{stated}`", base.mark, hint))
-        style = known[str(stated)]
-        problems = []
-        shared = self._settings["shared"]
-        inputs = [*sources, *([others[shared]] if shared else [])]
-        for source in inputs:
-            for key, default in (("model_type", None), ("hidden_act", "silu")):
-                mine, theirs = (s.table.config.get(key, default) for s in (base, source))
-                if mine != theirs:
-                    message = f"`{source.name}` has the {key} `{theirs}`, `{base.name}` has `{mine}`"
-                    hint = "experts and base are models of one kind"
-                    problems.append(Problem(message, source.mark, hint))
-                    break
-        if shared and style.shared is None:
-            message = f"a `{style.model_type}` has no shared expert"
-            problems.append(Problem(message, self._mark("shared"), "leave out `shared`, or take another `style`"))
-        if style.needs_shared and not shared:
-            message = f"a `{style.model_type}` needs a shared expert"
-            problems.append(Problem(message, self._mark("style"), "name a model as `shared`, such as the base"))
-        if self._settings["shared_hidden"] and style.shared_gate is None:
-            message = f"the shared expert of a `{style.model_type}` has no gate"
-            problems.append(Problem(message, self._mark("shared_hidden"), "leave it out"))
-        if self._settings["dense"] and not style.dense:
-            message = f"all layers of a `{style.model_type}` have experts"
-            problems.append(Problem(message, self._mark("dense"), "leave out `dense`, or take another `style`"))
-        if sum(self._settings["copies"]) < style.least:
-            message = f"a `{style.model_type}` has {style.least} experts or more"
-            problems.append(Problem(message, self._mark("style"), "name more models in `of`, or ask for `copies`"))
-        if problems:
-            raise RecipeError(list(dict.fromkeys(problems)))
-        window = window_lost(style, base.table.config)
-        if window is not None:
-            message = f"`{base.name}` looks back {window} tokens, a `{style.model_type}` made here looks back to the start"
-            self.remarks.append(Problem(message, base.mark, "texts longer than that are read otherwise"))
-        return style
-
     def _checked_base(self) -> int:
         """The width of the residual stream. Every layer of the base must have a dense feed-forward part, and nothing
         that the mixture has no place for."""
@@ -252,8 +192,8 @@ class _Making:
         depth = self._stack.count
         if self._settings["dense"] >= depth:
             message = f"`dense: {self._settings['dense']}` leaves none of the {depth} layers to have experts"
-            raise RecipeError(Problem(message, self._mark("dense"), "the last layer must have experts"))
-        return _units(base, self._stack)[1]
+            raise RecipeError(Problem(message, mark_of(self._step, "dense"), "the last layer must have experts"))
+        return units_of(base, self._stack)[1]
 
     def _checked_experts(self) -> Numbers:
         """The numbers of the mixture. All experts have as many units, and the base's width and depth."""
@@ -264,9 +204,11 @@ class _Making:
             source = expert.source
             if source.name in found:
                 continue
-            units, width = found[source.name] = _units(source, expert.stack)
+            units, width = found[source.name] = units_of(source, expert.stack)
             if expert.stack.count != self._stack.count:
-                message = f"`{source.name}` has {expert.stack.count} layers, `{self._base.name}` has {self._stack.count}"
+                message = (
+                    f"`{source.name}` has {expert.stack.count} layers, `{self._base.name}` has {self._stack.count}"
+                )
                 problems.append(Problem(message, source.mark, "experts have the base's layers"))
             elif width != self._width:
                 message = f"`{source.name}` is {width} wide, `{self._base.name}` is {self._width}"
@@ -281,7 +223,9 @@ class _Making:
         shared = found[self._shared.source.name][0] if self._shared else 0
         if self._shared and "shared" not in self._style.counts and shared % units:
             message = f"the shared expert has {shared} hidden units, which is no multiple of the experts' {units}"
-            problems.append(Problem(message, self._shared.source.mark, f"a `{self._style.model_type}` counts it in those"))
+            problems.append(
+                Problem(message, self._shared.source.mark, f"a `{self._style.model_type}` counts it in those")
+            )
         if problems:
             raise RecipeError(list(dict.fromkeys(problems)))
         return Numbers(len(self._experts), self._settings["per_token"], units, shared, self._settings["dense"])
@@ -311,43 +255,3 @@ class _Making:
         """The names of the tensors of the base's layers, without what stands before them."""
         family = self._base.table.family
         return frozenset(layer.rest for name in self._base.table.nodes if (layer := family.layer(name)) is not None)
-
-    def _mark(self, name: str) -> Mark:
-        value = self._step.params.get(name)
-        return value.mark if value is not None else self._step.use_mark
-
-
-def _stack(source: Source) -> Stack:
-    stacks, form = source.table.family.stacks, source.table.form
-    if len(stacks) != 1 or (form is not None and form.pipeline):
-        hint = "experts are made of language models with layers such as `model.layers.{i}.`"
-        raise RecipeError(Problem(f"`{source.name}` has not one stack of layers", source.mark, hint))
-    return stacks[0]
-
-
-def _units(source: Source, stack: Stack) -> tuple[int, int]:
-    """How many hidden units the dense feed-forward parts of a model have, and its width."""
-    nodes = source.table.nodes
-    shapes = set()
-    for index in range(stack.count):
-        names = [stack.template.format(i=index) + name for name in DENSE]
-        lacking = next((name for name in names if name not in nodes), None)
-        if lacking is not None:
-            hint = "experts are made of dense feed-forward parts with gate, up and down"
-            raise RecipeError(Problem(f"`{source.name}` lacks `{lacking}`", source.mark, hint))
-        coded = next((name for name in names if source.table.dtypes[name] not in MERGEABLE), None)
-        if coded is not None:
-            raise RecipeError(Problem(f"`{source.name}` stores no numbers in `{coded}`", source.mark, "is it packed?"))
-        gate, up, down = (nodes[name].shape for name in names)
-        if len(gate) != 2 or up != gate or down != gate[::-1]:
-            hint = "gate and up are (units, width), down is (width, units)"
-            raise RecipeError(Problem(f"`{names[0]}` of `{source.name}` does not fit its layer", source.mark, hint))
-        shapes.add((gate[0], gate[1]))
-    if len(shapes) != 1:
-        hint = "a mixture has one number for all"
-        raise RecipeError(Problem(f"layers of `{source.name}` have different numbers of units", source.mark, hint))
-    return shapes.pop()
-
-
-def _words(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
