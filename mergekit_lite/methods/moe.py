@@ -93,7 +93,8 @@ def moe(xs: Sequence[Tensor], **settings: object) -> Tensor:
     - `gates: hidden` takes for expert e in layer l the direction g = h / |h| of h = h+ - h-, where h+ and h- are the
       means of the hidden states that go into layer l, of the prompts for this expert and of the `negative` ones. They
       come from a file that `merge stats --collect hidden` has made with `base`.
-    - `gates: embedding` takes what goes into the first layer, the embeddings, for all layers.
+    - `gates: embedding` takes what goes into the first layer, the embeddings, for all layers, and h = h+ / |h+| -
+      h- / |h-|: mergekit's `cheap_embed`.
 
     The gate of a shared expert (`qwen2_moe`) is made of `shared_hidden` in the same way; without it it is zero, which
     lets half of the shared expert through everywhere: `shared_scale: 2` undoes this.
@@ -139,18 +140,23 @@ def _random_gates(xs: Sequence[Tensor], rows: int, width: int, std: float, law: 
     return torch.from_numpy(drawn).view(rows, width)
 
 
-def _state_gates(xs: Sequence[Tensor], layer: int, negative: tuple[int, ...]) -> Tensor:
+def _state_gates(xs: Sequence[Tensor], layer: int, negative: tuple[int, ...], apart: bool) -> Tensor:
     """The directions of hidden states, a row for each expert. `xs` are means (layers, width), those of the experts
-    first; `negative` is for every expert the place of what is subtracted, or -1."""
+    first; `negative` is for every expert the place of what is subtracted, or -1. With `apart` both have length 1
+    first."""
     rows = []
     for number, place in enumerate(negative):
         row = xs[number][layer].double()
         if place >= 0:
-            row = row - xs[place][layer].double()
-        # Summed exactly, so that machines do not differ.
-        length = math.sqrt(math.fsum((row * row).tolist()))
-        rows.append(row / max(length, _LEAST))
+            other = xs[place][layer].double()
+            row = _direction(row) - _direction(other) if apart else row - other
+        rows.append(_direction(row))
     return torch.stack(rows).to(xs[0].dtype)
+
+
+def _direction(row: Tensor) -> Tensor:
+    # Summed exactly, so that machines do not differ.
+    return row / max(math.sqrt(math.fsum((row * row).tolist())), _LEAST)
 
 
 def _zeros(xs: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -192,6 +198,7 @@ def state_gates(rows: int, width: int) -> Method:
         (rows, width),
         Param("layer", "integer", REQUIRED, "row of the means"),
         Param("negative", "words", REQUIRED, "what is subtracted from which"),
+        Param("apart", "flag", False, "whether directions are subtracted"),
     )
 
 

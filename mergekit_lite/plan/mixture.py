@@ -165,13 +165,13 @@ class _Making:
         return self._builder.call(call, [], [], self._step.name, name)
 
     def _of_states(self, states: Sequence[_States], name: str, index: int) -> Node:
-        layer = index if self._settings["gates"] == "hidden" else 0
+        apart = self._settings["gates"] == "embedding"
         means = [one.hidden.table.nodes["mean"] for one in states]
         against = [one.negative.table.nodes["mean"] for one in states if one.negative is not None]
         places = iter(range(len(means), len(means) + len(against)))
         negative = tuple(next(places) if one.negative is not None else -1 for one in states)
         slots = map(Slot, range(len(means) + len(against)))
-        call = state_gates(len(states), self._width)(*slots, layer=layer, negative=negative)
+        call = state_gates(len(states), self._width)(*slots, layer=0 if apart else index, negative=negative, apart=apart)
         return self._builder.call(call, [*means, *against], [""] * (len(means) + len(against)), self._step.name, name)
 
     def _checked_base(self) -> int:

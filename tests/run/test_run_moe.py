@@ -117,7 +117,9 @@ def test_gates_from_hidden_states_are_those_of_numpy(style: str, kind: str, dens
         held = tensors(mixture(tmp_path / f"{gates}.yaml", folders | files, step))
         for i in range(LAYERS):
             row = i if gates == "hidden" else 0
-            wanted = [direction(means[0][row], means[1][row]), direction(means[1][row]), direction(means[2][row])]
+            first = (means[0][row], means[1][row])
+            first = first if gates == "hidden" else (direction(first[0]), direction(first[1]))
+            wanted = [direction(*first), direction(means[1][row]), direction(means[2][row])]
             np.testing.assert_allclose(held[gate.format(i=i)].numpy(), np.stack(wanted), rtol=1e-6, atol=1e-7)
             if style == "qwen2_moe":
                 over = held[SHARED_GATE.format(i=i)].numpy()
