@@ -99,8 +99,8 @@ def moe(xs: Sequence[Tensor], **settings: object) -> Tensor:
     The gate of a shared expert (`qwen2_moe`) is made of `shared_hidden` in the same way; without it it is zero, which
     lets half of the shared expert through everywhere: `shared_scale: 2` undoes this.
 
-    Every tensor is made block by block. Experts may have other numbers of hidden units than `base`, all the same one;
-    that of a shared expert is free in `qwen2_moe`, and elsewhere a multiple of it.
+    Weights are read and written block by block. Experts may have other numbers of hidden units than `base`, all the
+    same one; that of a shared expert is free in `qwen2_moe`, and elsewhere a multiple of it.
 
     Source: Komatsuzaki et al., Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints, ICLR 2023, arXiv
     2212.05055; Goddard et al., Arcee's MergeKit, EMNLP 2024 (industry track), arXiv 2403.13257.

@@ -171,7 +171,9 @@ class _Making:
         places = iter(range(len(means), len(means) + len(against)))
         negative = tuple(next(places) if one.negative is not None else -1 for one in states)
         slots = map(Slot, range(len(means) + len(against)))
-        call = state_gates(len(states), self._width)(*slots, layer=0 if apart else index, negative=negative, apart=apart)
+        call = state_gates(len(states), self._width)(
+            *slots, layer=0 if apart else index, negative=negative, apart=apart
+        )
         return self._builder.call(call, [*means, *against], [""] * (len(means) + len(against)), self._step.name, name)
 
     def _checked_base(self) -> int:
