@@ -15,6 +15,7 @@ from mergekit_lite.methods.spec import REQUIRED, Block, Method, Param, Params
 
 STYLES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek", "glm4_moe")  # family/mixtures.py has what they are
 _LEARNED = ("hidden", "embedding")
+_STD = 0.02
 _LEAST = 1e-8  # a direction shorter than this stays as short as it is
 
 
@@ -27,6 +28,8 @@ def _check(params: Params, inputs: int) -> str | None:
         return f"`{(given or ['shared_scale'])[0]}` is about a shared expert, and `shared` names none."
     if params["shared_negative"] is not None and params["shared_hidden"] is None:
         return "`shared_negative` goes with `shared_hidden`."
+    if params["gates"] != "random" and params["gate_std"] != _STD:
+        return f"`gate_std` is about `gates: random`, here are `{params['gates']}`."
     if params["gates"] not in _LEARNED:
         given += [name for name in ("hidden", "negative") if any(params[name])]
         return f"`{given[0]}` goes with `gates: hidden` or `gates: embedding`." if given else None
@@ -51,7 +54,7 @@ def _remark(params: Params, inputs: int) -> str | None:
     Param("style", "choice", REQUIRED, "what the mixture is laid out like", choices=STYLES),
     Param("per_token", "integer", 2, "experts that a token goes to", low=1),
     Param("gates", "choice", "random", "where gates come from", choices=("random", "uniform", *_LEARNED)),
-    Param("gate_std", "number", 0.02, "standard deviation of random gates", low=0),
+    Param("gate_std", "number", _STD, "standard deviation of random gates", low=0),
     Param("hidden", "reference", None, "hidden states of what the expert is for (`merge stats`)", per_input=True),
     Param("negative", "reference", None, "hidden states of what it is not for", per_input=True),
     Param("copies", "integer", 1, "experts made of this input", low=1, per_input=True),
@@ -137,7 +140,7 @@ def _random_gates(xs: Sequence[Tensor], rows: int, width: int, std: float, law: 
     else:
         words = uniform_words(block.key, 0, rows * width)
         drawn = ((words.astype(np.float64) + 0.5) / 2**31 - 1) / math.sqrt(width)
-    return torch.from_numpy(drawn).view(rows, width)
+    return torch.from_numpy(drawn).view(rows, width).float()
 
 
 def _state_gates(xs: Sequence[Tensor], layer: int, negative: tuple[int, ...], apart: bool) -> Tensor:

@@ -55,6 +55,7 @@ WRONG = [
     ("base: a, of: [a, b], with: {style: mixtral, per_token: 3}", "more than the 2 experts", "use: moe"),
     ("base: a, of: [a, b], with: {style: mixtral, gates: hidden}", "needs `hidden` beside every input", "use: moe"),
     (f"base: a, {OF}, with: {{style: mixtral}}", "`hidden` goes with `gates: hidden`", "use: moe"),
+    ("base: a, of: [a, b], with: {style: mixtral, gates: uniform, gate_std: 1}", "about `gates: random`", "use: moe"),
     ("base: a, of: [a, b], with: {style: qwen3_moe}", "is of the model type `llama`", "base: a"),
     ("base: qwen, of: [qwen, qwen], with: {style: mixtral}", "is of the model type `qwen3`", "base: qwen"),
     ("base: a, of: [a, mistral], with: {style: mixtral}", "`mistral` has the model_type `mistral`", "of: [a, mistral]"),
