@@ -87,8 +87,12 @@ def moe(xs: Sequence[Tensor], **settings: object) -> Tensor:
     - `glm4_moe`: from Llama, Mistral, Qwen2 or Qwen3: DeepSeek-V3's experts, with a shared one, under attention that
       stock transformers loads.
 
-    With `noise` s and `scale` c an expert has c (W + s n) as its matrix out of the hidden units and W + s n as the
-    others, n standard normal. Where neither is set weights are copied as they are. The weights of the chosen experts
+    Of an input's weights W an expert has
+
+    out = c (W + s n), with `noise` s, n standard normal, and `scale` c, which is 1 but for the matrix out of the hidden
+    units.
+
+    Where neither is set weights are copied as they are. The weights of the chosen experts
     add up to 1 (but in DeepSeek-V2, whose code leaves them as they are), so experts that are all equal give the dense
     model. A shared expert comes on top: then `scale` and `shared_scale` of 0.5 keep the sum.
 
