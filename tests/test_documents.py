@@ -47,10 +47,10 @@ DOCUMENTS = (
 RECIPES = sorted(
     str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "families"
 )
-# The demo's networks read pictures. A recipe about tokens needs others, and `tests/vocabulary` runs it; one about
-# experts has a test of its own.
+# The demo's networks read pictures. A recipe about tokens or language models needs others, and `tests/vocabulary`
+# and `tests/run` run it; one about experts has a test of its own.
 EXPERTS = "recipes/methods/merge_experts.yaml"
-OTHERS = ("recipes/methods/transplant.yaml", EXPERTS)
+OTHERS = ("recipes/methods/transplant.yaml", "recipes/methods/moe.yaml", EXPERTS)
 PUBLIC = [method.name for method in all_methods().values() if method.public]
 BY_HAND = ("make test", "make venv", "pip ", "git ")
 SKELETON = """\

@@ -23,7 +23,7 @@ _REACH: dict[Reach, str] = {
     "pooled": "element by element, after a look at all tensors",
     "row": "row by row",
     "matrix": "whole tensors",
-    "structure": "names only, no arithmetic",
+    "structure": "names and shapes; the plan lays the result out",
     "alignment": "whole models, to find an order of their units",
     "vocabulary": "rows of tokens in embedding and head; everything else is kept",
 }
@@ -251,7 +251,7 @@ def _generated(method: Method) -> dict[str, Any]:
         of = [f"change_{name}" for name in names]
         steps |= {new: {"use": "delta", "of": name, "base": "base"} for new, name in zip(of, names, strict=True)}
     step: dict[str, Any] = {"use": method.name, "of": of[0] if count == 1 else of}
-    if method.reach == "structure":
+    if any(param.kind == "layers" for param in method.per_input):
         step["of"] = [{"model": name, "layers": [2 * place, 2 * place + 4]} for place, name in enumerate(names)]
     if around or method.base == "required":
         step["base"] = "base"

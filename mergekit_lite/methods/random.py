@@ -68,6 +68,16 @@ def keep_mask(key: int, start: int, n: int, density: float) -> Tensor:
     return torch.from_numpy(kept)
 
 
+def normal_numbers(key: int, start: int, n: int) -> NDArray[np.float64]:
+    """Entries `start` to `start` + `n` - 1 of the stream of `key`, standard normal: the quantiles at (w + 1/2) / 2**32
+    of its words w, so that none is beyond 6.4."""
+    from scipy.special import ndtri
+
+    # Number by number, not in vectors of the processor: an entry does not depend on the block that it is drawn in.
+    drawn: NDArray[np.float64] = ndtri((uniform_words(key, start, n).astype(np.float64) + 0.5) / 2**32)
+    return drawn
+
+
 def _stream(key: int, first: int, last: int) -> NDArray[np.uint64]:
     """The 64-bit numbers `first` to `last` - 1 that the generator makes from `key`."""
     counter, skip = divmod(first, 4)

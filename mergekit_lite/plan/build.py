@@ -19,6 +19,7 @@ from mergekit_lite.plan.digest import plan_digest
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.lowrank import Ranks
 from mergekit_lite.plan.masks import unmasked
+from mergekit_lite.plan.mixture import build_mixture
 from mergekit_lite.plan.model import Alignment, Node, Plan, StepView, Unit
 from mergekit_lite.plan.order import BLOCK, bytes_read, input_bytes, make_units, walk
 from mergekit_lite.plan.outputs import Adapters, make_outputs, saved_name
@@ -246,6 +247,9 @@ def _step(
     if method.reach == "vocabulary":
         (vocabulary,) = (source(ref) for ref in statistics(step, method))
         table, found = build_transplant(builder, step, sources[0], vocabulary, checkpoints)
+    elif method.name == "moe":
+        named = {ref.name: source(ref) for ref in [*statistics(step, method), *([step.base] if step.base else [])]}
+        table, found = build_mixture(builder, step, method, sources, named)
     elif method.reach == "structure":
         others = [source(ref) if ref else None for ref in (step.rest, step.below, step.above)]
         table, found = build_stack(step, sources, *others)

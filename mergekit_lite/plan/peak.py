@@ -45,11 +45,14 @@ MATRIX: Mapping[str, tuple[float, float, float]] = {
     "lokr_parts": (8.0, 0.0, 0.0),
     "lokr_rank": (7.0, 0.0, 0.0),
     "part": (0.0, 0.0, 0.0),
+    "random_gates": (4.0, 0.0, 0.0),
     "scaled_groups": (1.0, 0.0, 0.0),
+    "state_gates": (4.0, 0.0, 0.0),
     "tsv_m": (3.0, 3.0, 0.0),
     "tucker": (7.0, 0.0, 0.0),
     "weighted_adapter": (6.0, 5.0, 0.0),
     "wudi": (6.0, 0.0, 4.0),
+    "zeros": (0.0, 0.0, 0.0),
 }
 MATRIX_OTHER = (10.0, 4.0, 0.0)
 # What a method on factors takes: numbers of float64 for each of theirs, and for each of the deltas' blocks, which are

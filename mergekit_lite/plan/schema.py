@@ -130,7 +130,7 @@ def _use(method: Method) -> Schema:
         properties["base"] = False
     elif method.base == "required" and not method.surrounds:
         required.append("base")
-    if method.reach != "structure":
+    if method.name != "stack":
         properties |= {"rest": False, "below": False, "above": False}
     if method.param("like") is None:
         properties["like"] = False

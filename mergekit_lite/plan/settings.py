@@ -64,7 +64,7 @@ def _base(step: Step, method: Method) -> list[Problem]:
     if step.base is not None and method.base == "no":
         problems.append(Problem(f"`{method.name}` takes no `base`", step.base.mark, "remove it, or use another method"))
     for key, ref in (("rest", step.rest), ("below", step.below), ("above", step.above)):
-        if ref is not None and method.reach != "structure":
+        if ref is not None and method.name != "stack":
             problems.append(Problem(f"`{method.name}` takes no `{key}`", ref.mark, "only `stack` does"))
     return problems
 

@@ -180,6 +180,8 @@ class Program:
                 if node.method.positioned:
                     operation.arguments["block"] = Block(start, node.key)
                 result = apply(node.method, xs, operation.arguments, stop - start)
+                if not xs:
+                    result = result.to(self._loader.device)  # what has no inputs cannot know where they lie
                 del xs
             results[i] = result
             for j in operation.spent:

@@ -54,6 +54,31 @@ def test_a_composite_shows_its_parts(merge: Merge):
     assert "made of" not in merge("methods", "linear").out
 
 
+# What the examples about experts need, by the end of a model's name: its type and its tensors.
+_EXPERTS = [f"block_sparse_moe.experts.{e}.{weight}.weight" for e in range(8) for weight in ("w1", "w2", "w3")]
+_DENSE = [f"mlp.{weight}_proj.weight" for weight in ("gate", "up", "down")]
+_GATE = "block_sparse_moe.gate"
+_LAYERS = [f"model.layers.{i}." for i in range(8)]
+MIXTURES: dict[str, dict[str, tuple[str, dict[str, tuple[int, ...]]]]] = {
+    "moe": {
+        "_prompts": ("", {"hidden_states": (2, 8, 4), "mean": (8, 4)}),
+        "": ("llama", {lead + name: (4, 4) for lead in _LAYERS for name in _DENSE}),
+    },
+    "merge_experts": {
+        "routers": (
+            "",
+            {f"{lead}{_GATE}.usage": (8,) for lead in _LAYERS}
+            | {f"{lead}{_GATE}.logits_gram": (8, 8) for lead in _LAYERS},
+        ),
+        "": (
+            "mixtral",
+            {lead + name: (4, 4) for lead in _LAYERS for name in _EXPERTS}
+            | {f"{lead}{_GATE}.weight": (8, 4) for lead in _LAYERS},
+        ),
+    },
+}
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_example_can_be_planned(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Callable[..., Path]
@@ -75,6 +100,9 @@ def test_every_example_can_be_planned(
         # Gram matrices belong to linear layers only.
         shapes = {key: shape for key, shape in names.items() if len(shape) == 2 or not model.name.endswith("_gram")}
         kind = {"config": {"model_type": "digits_mlp", "num_hidden_layers": 8}} if "head.bias" in names else {}
+        if name in MIXTURES:
+            model_type, shapes = next((v for ending, v in MIXTURES[name].items() if model.name.endswith(ending)))
+            kind = {"config": {"model_type": model_type, "num_hidden_layers": 8, "num_local_experts": 8}}
         if "model.embed_tokens.weight" in names:
             kind = {"config": {"model_type": "llama", "num_hidden_layers": 8, "vocab_size": 100}}
         folder = tiny_checkpoint(tmp_path / "models" / model.name, shapes, seed=seed, **kind)
