@@ -54,16 +54,16 @@ def tell(weights: Sequence[Weight]) -> None:
     show.line()
     whole = together(weight.shape for weight in weights if weight.shape is not None)
     rows = [
-        [f"{granularity} {kind}", *(_number(whole.error((bits, granularity, kind))) for bits in BITS)]
+        [f"{granularity} {kind}", *(_number(whole.error((number, granularity, kind))) for number in BITS)]
         for granularity in GRANULARITIES
         for kind in RANGES
     ]
-    bits = [f"{number} bits" for number in BITS]
-    show.table(["all, mse / var", *bits], rows, right=bits)
+    heads = [f"{number} bits" for number in BITS]
+    show.table(["all, mse / var", *heads], rows, right=heads)
     if against:
-        worse = sum(bool(weight.worse) for weight in weights)
+        count = sum(bool(weight.worse) for weight in weights)
         show.line()
-        show.line(f"{worse:,} of {show.count(len(weights), 'tensor')} lose more at {FLAGGED} bits than in any parent")
+        show.line(f"{count:,} of {show.count(len(weights), 'tensor')} lose more at {FLAGGED} bits than in any parent")
 
 
 def _label(way: Way) -> str:
