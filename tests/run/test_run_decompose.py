@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lite import RecipeError, load_recipe, merge_in_memory, plan, run
 from mergekit_lite.cli.app import execute
+from mergekit_lite.run.progress import Progress
 
 SHAPES = {
     "a.weight": (60, 40),
@@ -173,3 +174,45 @@ def test_it_takes_one_model(models: Path) -> None:
         plan(load_recipe(path))
     (problem,) = caught.value.problems
     assert problem.mark is not None and problem.mark.line == 5 and "decompose" in problem.message
+
+
+def test_a_stopped_run_tells_the_same_once_it_has_gone_on(models: Path) -> None:
+    class Unplugged(Exception):
+        pass
+
+    def unplug(progress: Progress) -> None:
+        if progress.phase == "merge":
+            raise Unplugged
+
+    made = plan(load_recipe(recipe(models, SETTINGS)))
+    with pytest.raises(Unplugged):
+        run(made, threads=1, progress=unplug)
+    stopped = run(made, resume=True)
+    assert stopped.resumed
+    whole = run(plan(load_recipe(recipe(models, SETTINGS, "2"))))
+    assert digests(stopped) == digests(whole)
+    assert list(stopped.decomposed.values()) == list(whole.decomposed.values())
+    assert lock_of(models / "out")["error"] == lock_of(models / "out2")["error"]
+
+
+def test_several_saves_of_which_one_in_fp8(models: Path) -> None:
+    path = recipe(models, "{rank: 3}")
+    saves = [f"{{step: small, to: {models}/plain}}", f"{{step: small, to: {models}/fp8, quantize: fp8}}"]
+    text = path.read_text().split("save:")[0] + f"save: [{', '.join(saves)}, {{step: mean, to: {models}/mean}}]\n"
+    path.write_text(text)
+    result = run(plan(load_recipe(path)))
+    # In FP8 the tensors that become codes tell of the codes; a kernel of four axes stays, and tells of its parts.
+    assert set(result.decomposed[f"{models}/plain"]["modules"]) == {"a", "b", "other"}
+    assert set(result.decomposed[f"{models}/fp8"]["modules"]) == {"b"}
+    assert set(result.errors[f"{models}/fp8"]) == {"a", "b", "other", "small"}
+    assert f"{models}/mean" not in result.decomposed and f"{models}/mean" not in result.errors
+    whole, left = result.errors[f"{models}/plain"]["b"]
+    assert result.errors[f"{models}/fp8"]["b"] == (whole, left) and 0 < left < whole
+
+
+def test_the_lock_makes_the_same_again(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(["run", str(recipe(models, SETTINGS))]) == 0
+    assert execute(["verify", str(models / "out")]) == 0
+    assert execute(["run", str(models / "out/recipe.lock.yaml"), "--out", str(models / "again")]) == 0
+    assert lock_of(models / "again")["decomposed"] == lock_of(models / "out")["decomposed"]
+    assert "warning" not in capsys.readouterr().err
