@@ -151,10 +151,25 @@ def findings(result: Result) -> list[Problem]:
         hint += "weights"
         message = f"{show.count(sum(result.overflow.values()), 'number')} out of the range of the dtype saved in"
         found.append(Problem(f"{message}: {_counted(result.overflow)}", None, hint))
+    found += _whole(result)
     if result.changed:
         hint = "look at `made_with` in the lock: other versions of this program or of torch may round differently"
         names = ", ".join(f"`{name}`" for name in result.changed)
         found.append(Problem(f"the bytes differ from what the lock says: {names}", None, hint))
+    return found
+
+
+def _whole(result: Result) -> list[Problem]:
+    """Saves of `decompose` in which every tensor was left as it is."""
+    found = []
+    for output in result.plan.outputs if result.plan is not None else ():
+        step = result.plan.recipe.steps.get(output.step) if result.plan is not None else None
+        plain = output.adapter is None and not any(tensor.scales for tensor in output.tensors)
+        if step is not None and step.use == "decompose" and plain and output.to not in result.decomposed:
+            message = (
+                f"nothing of `{output.step}` is decomposed: no tensor's parts would have fewer numbers than it has"
+            )
+            found.append(Problem(message, step.use_mark, "lower `rank` or `share`"))
     return found
 
 

@@ -216,3 +216,10 @@ def test_the_lock_makes_the_same_again(models: Path, capsys: pytest.CaptureFixtu
     assert execute(["run", str(models / "out/recipe.lock.yaml"), "--out", str(models / "again")]) == 0
     assert lock_of(models / "again")["decomposed"] == lock_of(models / "out")["decomposed"]
     assert "warning" not in capsys.readouterr().err
+
+
+def test_a_rank_that_leaves_everything_as_it_is_is_told(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(["run", str(recipe(models, "{rank: 400}"))]) == 0
+    out, err = capsys.readouterr()
+    assert "warning: nothing of `small` is decomposed" in err and "as low rank" not in out
+    assert "decomposed" not in lock_of(models / "out")
