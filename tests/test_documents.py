@@ -63,7 +63,7 @@ save: {step: merged, to: out/merged}
 VARYING = [(r"\bin [0-9.]+ (s|min)\b", "in #"), (r"[0-9.]+ [kMG]?B/s", "# B/s"), (r"\b[0-9a-f]{64}\b", "#")]
 # The demo's weights may differ in their last bits between machines, and so may every number made from them.
 NUMBERS = [(r"-?[0-9][0-9.,]*(?:e-?[0-9]+)?(?:/[0-9,]+)?", "#"), (r"[ ━─]+", " ")]
-MEASURED = ("merge diff", "make demo")
+MEASURED = ("merge diff", "make demo", "merge inspect out/small_ties --quantisability")
 # Each new method may widen the columns of this table.
 WIDTHS = [(r" {2,}", "  ")]
 

@@ -10,6 +10,7 @@ import typer
 
 from mergekit_lite.cli import bar, options, show
 from mergekit_lite.cli.confine import check_inside
+from mergekit_lite.errors import UsageError
 
 if TYPE_CHECKING:
     from mergekit_lite.checkpoint.meta import Checkpoint
@@ -38,10 +39,27 @@ class Order(str, Enum):
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.", show_default=False)],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one.", show_default=False)],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[C]...", help="Further ones, with --base.", show_default=False)
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            metavar="MODEL",
+            help="Compare what all have changed in this one: cosine, signs, entries; by layer and tensor.",
+            show_default=False,
+        ),
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show tensors that are the same, too.")] = False,
     sort: Annotated[
-        Order, typer.Option("--sort", help="By the largest |a-b|, by ||a-b|| / ||a||, or by name.")
-    ] = Order.max,
+        Order | None,
+        typer.Option(
+            "--sort",
+            help="By the largest |a-b|, which is the default, by ||a-b|| / ||a||, or by name.",
+            show_default=False,
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -67,17 +85,36 @@ def diff(
     count too, save for what transformers notes about itself. The checkpoints may be sharded differently. With
     --directions `rho` is 1 where all singular directions agree and near 0 where they have nothing in common, `leading`
     the same of the largest ones: what a matching of units raises (arXiv 2402.04051).
+
+    With --base two or more models are compared by their task vectors, model minus base. `cosine` is the mean over all
+    pairs of models: layers where it is low are better kept apart than merged. `conflict` is the share of the entries
+    that several models change in which their signs differ, `overlap` the mean over pairs of |A and B| / |A or B| of the
+    entries that they change. That is a measure and no verdict: it leaves with 0.
     """
     from mergekit_lite import merge
     from mergekit_lite.report.diff import diff as compare
     from mergekit_lite.report.look import open_location
 
-    check_inside([a, b])
+    models = [a, b, *(more or ())]
+    check_inside([*models, *([base] if base is not None else [])])
+    if base is not None:
+        from mergekit_lite.cli.task_vectors import compare_task_vectors
+
+        if everything or directions or tolerance or sort is not None:
+            hint = "leave out `--all`, `--sort`, `--tolerance` and `--directions`: all tensors are measured, in order"
+            raise UsageError("`--base` compares task vectors, which have no such setting", hint=hint)
+        opening = {"offline": offline, "stream": fetch is options.Source.stream}
+        shown = ROWS if limit is None else limit
+        compare_task_vectors(base, models, opening, threads or merge.default_threads(), shown, json)
+        return
+    if more:
+        hint = "name what they were all made from: `merge diff A B C --base BASE`"
+        raise UsageError(f"without `--base` two checkpoints are compared, not {len(models)}", hint=hint)
     stream = fetch is options.Source.stream
     left, right = (open_location(side, offline, stream=stream) for side in (a, b))
     with bar.reading("compare", sum(meta.nbytes for meta in left.tensors.values())) as advance:
         found = compare(left, right, tolerance=tolerance, threads=threads or merge.default_threads(), advance=advance)
-    ranked = found.ranked(sort.value, everything)
+    ranked = found.ranked((sort or Order.max).value, everything)
     turned = _directions(left, right, threads or merge.default_threads()) if directions else {}
     if json:
         entries = [t.as_json() for t in ranked[: limit or None]]

@@ -34,6 +34,21 @@ def inspect(
     spaces: Annotated[
         bool, typer.Option("--spaces", help="List what may be permuted: hidden units, heads, experts, residual stream.")
     ] = False,
+    quantisability: Annotated[
+        bool,
+        typer.Option(
+            "--quantisability", help="Read all weights and measure what rounding them to 2, 4 and 8 bits would lose."
+        ),
+    ] = False,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against",
+            metavar="PARENT",
+            help="With --quantisability: tell where the model loses more than this one; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     family: options.Family = None,
     fetch: options.Fetch = options.Source.cache,
     offline: options.Offline = False,
@@ -48,16 +63,28 @@ def inspect(
     with `--fetch stream` reads in parts. Statistics are those of the finite numbers, in float64;
     std is that of the whole population. Of a LoRA adapter it shows what it changes, and how much. Spaces follow from
     the model type in config.json, or from a family file.
+
+    --quantisability takes the tensors of two or more axes. Their error is mse / var after rounding to integers, half to
+    even, and back: with one scale for a tensor or for each channel (a row along the first axis), symmetric about 0 or
+    between the least and the largest number. Skewness is 0 and kurtosis 3 of a normal distribution, 1.8 of a uniform
+    one. With --against a tensor is named whose error at 4 bits exceeds that of its worst parent.
     """
     from mergekit_lite import merge
     from mergekit_lite.checkpoint.find import AdapterFound
     from mergekit_lite.report.look import look, open_location
     from mergekit_lite.report.store import look_at_store
 
-    check_inside([checkpoint], family)
+    parents = against or []
+    if parents and not quantisability:
+        raise UsageError("`--against` names what `--quantisability` compares with", hint="add `--quantisability`")
+    check_inside([checkpoint, *parents], family)
+    stream = fetch is options.Source.stream
     try:
-        opened = open_location(checkpoint, offline, allow_pickle, not stats or fetch is options.Source.stream)
+        opened = open_location(checkpoint, offline, allow_pickle, not (stats or quantisability) or stream)
     except AdapterFound:
+        if quantisability:
+            hint = "fold it into its base by a recipe, and inspect the result"
+            raise UsageError("an adapter has no weights that are rounded by themselves", hint=hint) from None
         if spaces or family:
             raise UsageError("an adapter has no spaces", hint="inspect the model that it was made for") from None
         _adapter(checkpoint, offline, tensors, json)
@@ -65,6 +92,12 @@ def inspect(
     seen = look(opened)
     free = _spaces(opened, family) if spaces or family else None
     found = _measure(opened, threads or merge.default_threads()) if stats else None
+    rounded = None
+    if quantisability:
+        from mergekit_lite.cli import quantisability as rounding
+
+        others = [open_location(parent, offline, allow_pickle, stream) for parent in parents]
+        rounded = rounding.measure(opened, others, threads or merge.default_threads())
     store = look_at_store(opened, masks=stats)
     if json:
         made = _as_json(opened, seen, tensors, found)
@@ -74,6 +107,8 @@ def inspect(
             from mergekit_lite.report.spaces import as_json
 
             made["spaces"] = as_json(free)
+        if rounded is not None:
+            made["quantisability"] = rounding.as_json(rounded)
         show.json(made)
     else:
         for name, text in (*_summary(seen), *(_store(store) if store is not None else ())):
@@ -84,6 +119,9 @@ def inspect(
         if tensors or found is not None:
             show.line()
             _table(opened, tensors, found)
+        if rounded is not None:
+            show.line()
+            rounding.tell(rounded)
     show.warnings(seen.notes)
 
 

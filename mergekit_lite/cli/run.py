@@ -113,6 +113,8 @@ def run(
             show.line(" · ".join(parts))
             for text in fidelity(result.errors.get(output.to, {}), output.adapter is not None):
                 show.line(text)
+            if output.to in result.decomposed:
+                show.line(savings(result.decomposed[output.to], output.nbytes))
     log_of.wrote(made)
     pushed = push_all(made, threads or merge.default_threads())
     log_of.pushed(pushed)
@@ -149,10 +151,25 @@ def findings(result: Result) -> list[Problem]:
         hint += "weights"
         message = f"{show.count(sum(result.overflow.values()), 'number')} out of the range of the dtype saved in"
         found.append(Problem(f"{message}: {_counted(result.overflow)}", None, hint))
+    found += _whole(result)
     if result.changed:
         hint = "look at `made_with` in the lock: other versions of this program or of torch may round differently"
         names = ", ".join(f"`{name}`" for name in result.changed)
         found.append(Problem(f"the bytes differ from what the lock says: {names}", None, hint))
+    return found
+
+
+def _whole(result: Result) -> list[Problem]:
+    """Saves of `decompose` in which every tensor was left as it is."""
+    found = []
+    for output in result.plan.outputs if result.plan is not None else ():
+        step = result.plan.recipe.steps.get(output.step) if result.plan is not None else None
+        plain = output.adapter is None and not any(tensor.scales for tensor in output.tensors)
+        if step is not None and step.use == "decompose" and plain and output.to not in result.decomposed:
+            message = (
+                f"nothing of `{output.step}` is decomposed: no tensor's parts would have fewer numbers than it has"
+            )
+            found.append(Problem(message, step.use_mark, "lower `rank` or `share`"))
     return found
 
 
@@ -187,6 +204,20 @@ def fidelity(errors: Mapping[str, tuple[float, float]], adapter: bool) -> list[s
     return [*lines, f"largest: {shown}{more}"] if shown else lines
 
 
+def savings(told: Mapping[str, Any], nbytes: int) -> str:
+    """What the parts of decomposed tensors would save, and what became of their stable ranks, in a line. `nbytes` are
+    those of the output."""
+    ranks = [module["stable_rank"] for module in told["modules"].values()]
+    parts = [
+        f"as low rank and rows {show.size(told['bytes'])} in place of {show.size(told['of'])}",
+        f"the model {show.size(nbytes - told['of'] + told['bytes'])} in place of {show.size(nbytes)}",
+    ]
+    if all(rank is not None for pair in ranks for rank in pair):
+        before, after = (sum(pair[i] for pair in ranks) / len(ranks) for i in (0, 1))
+        parts.append(f"stable rank {before:.3g} -> {after:.3g} on average")
+    return " · ".join(parts)
+
+
 def matched(labels: Sequence[str], figures: Mapping[str, Any]) -> list[str]:
     """What was found for each model whose units were put in order, in a line; nothing where a file told the order."""
     found = figures.get("models", [figures])
@@ -217,6 +248,7 @@ def as_json(plan: Plan, result: Result, warnings: list[Problem]) -> dict[str, An
                     for s in output.shards
                 ],
                 **({"error": relative(result.errors[output.to])} if result.errors.get(output.to) else {}),
+                **({"decomposed": result.decomposed[output.to]} if output.to in result.decomposed else {}),
             }
             for output in plan.outputs
         ],

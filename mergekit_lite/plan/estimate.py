@@ -113,7 +113,9 @@ def _matrix(node: Node) -> float:
         return rates.FACTORS[name] * rank * sum(n.numel for n in node.inputs)
     if name in rates.ELEMENT:
         return rates.ELEMENT[name] * len(node.inputs) * node.numel
-    rows, columns = max(1, math.prod(node.shape[:1])), max(1, math.prod(node.shape[1:]))
+    # Factors, and numbers with figures behind them, are one vector: what is decomposed is the input.
+    shape = node.shape if len(node.shape) > 1 else node.inputs[0].shape
+    rows, columns = max(1, math.prod(shape[:1])), max(1, math.prod(shape[1:]))
     once, each = rates.MATRIX.get(name, rates.MATRIX_OTHER)
     steps: int = dict(node.params).get("steps", 1)
     return (once + each * len(node.inputs) * steps) * min(rows, columns) * rows * columns

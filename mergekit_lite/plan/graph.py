@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,15 @@ class Builder:
         known = self._known.get(identity)
         if known is None:
             known = self._known[identity] = Node(len(self._known), meta.shape, "", meta)
+        return known
+
+    def again(self, node: Node, method: Method) -> Node:
+        """The node that does by `method` what `node` does, with its inputs, settings and random key."""
+        identity = ("again", id(method), node.id)
+        known = self._known.get(identity)
+        if known is None:
+            shape = method.shape([n.shape for n in node.inputs]) if method.shape is not None else node.shape
+            known = self._known[identity] = replace(node, id=len(self._known), shape=shape, method=method)
         return known
 
     def gather(self, inputs: Sequence[Node], step: str, alignment: str, place: tuple[tuple[str, Any], ...]) -> Node:

@@ -36,10 +36,12 @@ def lock_text(
     shards: Mapping[str, Mapping[str, str]],
     files: Mapping[str, Mapping[str, tuple[int, str]]],
     errors: Errors | None = None,
+    decomposed: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """The lock of a finished run. `inputs` gives the BLAKE3 digest of every input file by path, or what the Hub says of
     it, `sha256:...` or `git:...`; `shards` that of every output shard by output folder and file name, `files` size and
-    digest of the files beside the shards likewise, `errors` those of adapters as `errors_of` does."""
+    digest of the files beside the shards likewise, `errors` those of adapters as `errors_of` does, `decomposed`
+    what plan/decompose.py tells."""
     recipe = plan.recipe
     # Without `push`: whoever runs a lock to see whether the bytes are the same wants to publish nothing.
     saves = tuple(replace(save, push=None) for save in recipe.saves)
@@ -65,6 +67,7 @@ def lock_text(
                     for file, (nbytes, digest) in sorted(files[output.to].items())
                 ],
                 **({"error": relative(errors[output.to])} if errors and output.to in errors else {}),
+                **({"decomposed": decomposed[output.to]} if decomposed and output.to in decomposed else {}),
             }
             for output in plan.outputs
         ],
@@ -85,9 +88,9 @@ def errors_of(
     figures: Mapping[str, Mapping[str, Sequence[float]]],
     squares: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
 ) -> Errors:
-    """What a run tells of its outputs' tensors, by number, as the errors of adapters and of FP8: by output folder and
-    module the norm of the change, or of the weight, and of what the factors, or the codes, leave of it. `squares` are
-    squared norms of parts of weights."""
+    """What a run tells of its outputs' tensors, by number, as the errors of adapters, of `decompose` and of FP8: by
+    output folder and module the norm of the change, or of the weight, and of what the factors, or the codes, leave of
+    it. `squares` are squared norms of parts of weights."""
     rounded = {
         plan.outputs[int(number)].to: {
             name.removesuffix(".weight"): (_norm([part[0] for part in told]), _norm([part[1] for part in told]))
@@ -95,15 +98,16 @@ def errors_of(
         }
         for number, tensors in squares.items()
     }
-    return rounded | {
-        output.to: {
-            tensor.name.removeprefix(PREFIX).removesuffix(".lora"): (told[0], told[1])
-            for tensor in output.tensors
-            if (told := figures.get(str(number), {}).get(tensor.name)) is not None
-        }
-        for number, output in enumerate(plan.outputs)
-        if output.adapter is not None
-    }
+    for number, output in enumerate(plan.outputs):
+        told = figures.get(str(number), {})
+        if told or output.adapter is not None:
+            ending = ".weight" if output.adapter is None else ".lora"
+            rounded[output.to] = rounded.get(output.to, {}) | {
+                tensor.name.removeprefix(PREFIX).removesuffix(ending): (told[tensor.name][0], told[tensor.name][1])
+                for tensor in output.tensors
+                if tensor.name in told
+            }
+    return rounded
 
 
 def _norm(squares: Sequence[float]) -> float:
@@ -112,8 +116,8 @@ def _norm(squares: Sequence[float]) -> float:
 
 
 def relative(errors: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
-    """The error of an adapter, or of FP8, in all and by module: the norm of what is left divided by that of the change,
-    or of the weight, to six digits; None where that is no number."""
+    """The error of an adapter, of FP8 or of what is decomposed, in all and by module: the norm of what is left divided
+    by that of the change, or of the weight, to six digits; None where that is no number."""
 
     def quotient(whole: float, left: float) -> float | None:
         found = left / whole if whole else 0.0

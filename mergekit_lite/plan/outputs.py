@@ -10,6 +10,7 @@ from pathlib import Path
 from mergekit_lite.checkpoint.meta import Checkpoint
 from mergekit_lite.errors import Problem, RecipeError
 from mergekit_lite.plan.check import check_places, check_pushes
+from mergekit_lite.plan.decompose import with_figures
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.layout import build_output
 from mergekit_lite.plan.lock import pinned
@@ -82,6 +83,7 @@ def make_outputs(
                 table, codes = found.table, found.codes
                 adapters.warnings.extend(remarks)
             made = build_output(str(place), step, table, save.dtype, save.shard, text, codes)
+            made = with_figures(adapters.builder, made)
             try:
                 outputs.append(beside(made, save, recipe, checkpoints, vocabulary, table.adopted))
             except RecipeError as fault:

@@ -33,6 +33,7 @@ MATRIX: Mapping[str, tuple[float, float, float]] = {
     "ace": (7.0, 0.0, 7.0),
     "cart": (9.0, 1.0, 0.0),
     "core_space": (6.0, 4.0, 0.0),
+    "decompose": (11.0, 0.0, 0.0),
     "from_shared": (6.0, 0.0, 0.0),
     "iso_c": (6.5, 0.0, 0.0),
     "iso_cts": (7.0, 2.0, 0.0),

@@ -35,6 +35,7 @@ MATRIX: Mapping[str, tuple[float, float]] = {
     "ace": (0.0, 0.31),
     "cart": (0.0, 0.46),
     "core_space": (0.0, 1.3),
+    "decompose": (1.2, 0.0),
     "iso_c": (0.5, 0.0),
     "iso_cts": (0.6, 0.65),
     "flora": (0.03, 0.0),

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
-from mergekit_lite.checkpoint.meta import ShardFile, TensorMeta
+from mergekit_lite.checkpoint.meta import Checkpoint, ShardFile, TensorMeta
+from mergekit_lite.checkpoint.quantized import refused
 from mergekit_lite.checkpoint.source import Source
+from mergekit_lite.errors import InputError
 from mergekit_lite.run.inputs import source_of
 from mergekit_lite.run.threads import one_thread_per_operation
 
@@ -47,6 +49,14 @@ def blocks(reader: Source, meta: TensorMeta, block: int = BLOCK) -> Iterator[Ten
             part = raw[: stop - start]
             reader.read_bytes(meta, start, stop, part.numpy().data)
             yield part
+
+
+def check_numbers(checkpoint: Checkpoint) -> None:
+    """Raises InputError where the checkpoint's weights are codes of a method of quantisation that is not read here."""
+    for config in (checkpoint.config, *checkpoint.configs.values()):
+        codes = refused(config, checkpoint.folder)
+        if codes is not None:
+            raise InputError(f"`{checkpoint.location}` {codes.says}", hint=codes.hint)
 
 
 def opened(shards: Iterable[ShardFile], threads: int, again: int = 0) -> Source:

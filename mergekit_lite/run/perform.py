@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite.errors import Problem, RecipeError
+from mergekit_lite.plan.decompose import decomposed
 from mergekit_lite.plan.lock import changed_inputs, changed_outputs, errors_of, lock_text, unchecked_inputs
 from mergekit_lite.plan.model import Plan
 from mergekit_lite.run.digest import Digests, file_digests
@@ -120,7 +121,8 @@ def perform(
             findings = Findings.sum(merged)
             journal.absorb()
             errors = errors_of(plan, findings.figures, findings.squares)
-            lock = partial(lock_text, plan, inputs, shards, errors=errors)
+            told = decomposed(plan, findings.figures)
+            lock = partial(lock_text, plan, inputs, shards, errors=errors, decomposed=told)
             complete(plan, lock, solved, keep_auto_map, card)
     return Result(
         outputs=tuple(output.to for output in plan.outputs),
@@ -136,6 +138,7 @@ def perform(
         notes=tuple(notes),
         output_nonfinite=findings.output_nonfinite,
         errors=errors_of(plan, findings.figures, findings.squares),
+        decomposed=decomposed(plan, findings.figures),
         plan=plan,
         bytes_fetched=findings.bytes_fetched + reader.fetched - before,
     )

@@ -18,8 +18,9 @@ class Result:
     the inputs), `output_nonfinite` and `overflow` count numbers by tensor; `changed` names the shards whose bytes
     differ from the recipe's lock; `alignments` gives figures of the orders of units that were found, by step; `notes`
     tell what of the inputs' configurations the outputs lack. `errors` gives, by output folder of an adapter and module,
-    the norm of the change and the norm of what the factors leave of it. `plan` is what was carried out, with all ranks
-    of adapters known. `bytes_fetched` counts what this process read from the Hub by ranges."""
+    the norm of the change and the norm of what the factors leave of it; the same of weights that are stored in FP8 or
+    decomposed. `decomposed` tells of the latter what plan/decompose.py does. `plan` is what was carried out, with all
+    ranks of adapters known. `bytes_fetched` counts what this process read from the Hub by ranges."""
 
     outputs: tuple[str, ...]
     shards: Mapping[str, Mapping[str, str]]
@@ -34,5 +35,6 @@ class Result:
     notes: tuple[Problem, ...] = ()
     output_nonfinite: Mapping[str, int] = field(default_factory=dict)
     errors: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    decomposed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     plan: Plan | None = None
     bytes_fetched: int = 0

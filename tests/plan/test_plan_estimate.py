@@ -72,6 +72,26 @@ def test_matrices_cost_by_their_shape(label: str, tmp_path: Path) -> None:
     assert math.isclose(cost(4096, 4096, threads=8) - nothing, small, rel_tol=0.05)
 
 
+@pytest.mark.parametrize("save", [{}, {"as": "lora", "base": "base", "rank": 8}], ids=["decompose", "lora"])
+def test_a_result_that_is_a_vector_costs_what_its_matrix_does(save: dict[str, Any], tmp_path: Path) -> None:
+    """Factors, and numbers with figures behind them, are stored as one vector."""
+
+    def cost(rows: int) -> float:
+        folder = tmp_path / str(rows)
+        for name in ("base", "tune1"):
+            write_sparse(folder / name, {"x.weight": (rows, 4096)}, 10**13, {"model_type": "synthetic"})
+        models = {name: str(folder / name) for name in ("base", "tune1")}
+        step = {"use": "linear", "of": ["tune1"], "with": {"weight": 0.5, "normalize": False}}
+        if not save:
+            step = {"use": "decompose", "of": "tune1", "with": {"rank": 8}}
+        recipe = {"version": 1, "models": models, "steps": {"m": step}, "save": {"to": str(folder / "out"), **save}}
+        return seconds(planned(folder, recipe), 1)
+
+    nothing, small = cost(2), cost(4096)
+    assert small - nothing > 10
+    assert math.isclose(cost(8192) - nothing, 2 * (small - nothing), rel_tol=0.05)
+
+
 @pytest.mark.parametrize("size", list(RESULTS))
 def test_time_is_near_what_was_measured(size: str, tmp_path: Path) -> None:
     kind, found = SIZES[size], RESULTS[size]

@@ -52,6 +52,7 @@ STEPS: Mapping[str, str] = {
     "pcb": "m: {use: pcb, base: base, of: [a, b, c], with: {ratio: 0.2}}",
     "consensus": "m: {use: consensus, base: base, of: [a, b, c], with: {lambda: 0.3}}",
     "iso_c": "m: {use: iso_c, base: base, of: [a, b, c]}",
+    "decompose": "m: {use: decompose, of: a, with: {rank: 9, share: 0.05, svd: randomised}}",
     "knots_global": "m: {use: knots, base: base, of: [a, b], with: {scope: global, rank: 20, svd: randomised}}",
     "tsv_m_randomised": "m: {use: tsv_m, base: base, of: [a, b], with: {rank_share: 0.02, svd: randomised}}",
     "staged": """

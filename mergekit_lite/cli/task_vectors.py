@@ -1,0 +1,88 @@
+"""`merge diff --base`: what several models have changed in one base, as tables or JSON."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from mergekit_lite.cli import bar, show
+
+if TYPE_CHECKING:
+    from mergekit_lite.report.task_vectors import Overlap, TaskVectors
+
+FIGURES = ("cosine", "conflict", "overlap")
+LEFT = 5  # tensors without figures that are named
+
+
+def compare_task_vectors(
+    base: str, models: Sequence[str], opening: Mapping[str, bool], threads: int, limit: int, json: bool
+) -> None:
+    """Compare the task vectors of `models` and print what is found. `opening` is how checkpoints are opened, `limit`
+    how many tensors are shown, 0 for all. Raises InputError."""
+    from mergekit_lite.report.look import open_location
+    from mergekit_lite.report.task_vectors import task_vectors
+
+    start, *others = (open_location(location, **opening) for location in (base, *models))
+    with bar.reading("compare", sum(meta.nbytes for meta in start.tensors.values())) as advance:
+        found = task_vectors(start, others, threads=threads, advance=advance)
+    if json:
+        show.json(found.as_json())
+    else:
+        _show(found, limit)
+    show.warnings([note for checkpoint in (start, *others) for note in checkpoint.notes])
+    for text in _remarks(found):
+        show.note(text)
+
+
+def _show(found: TaskVectors, limit: int) -> None:
+    tensors = list(found.tensors.items())
+    rows = [[name, f"{one.count:,}", *_cells(one)] for name, one in tensors[: limit or None]]
+    show.table(["tensor", "numbers", *FIGURES], rows, right=["numbers", *FIGURES])
+    if len(rows) < len(tensors):
+        show.note(f"{len(tensors) - len(rows):,} more: `--limit 0` shows all")
+    show.line()
+    rows = [[name, f"{found.members[name]:,}", f"{one.count:,}", *_cells(one)] for name, one in found.layers.items()]
+    show.table(["layer", "tensors", "numbers", *FIGURES], rows, right=["tensors", "numbers", *FIGURES])
+    show.line()
+    names = _short(found.models)
+    if len(names) > 2:
+        whole = found.whole
+        rows = [
+            [
+                names[i],
+                names[j],
+                *map(_cell, (whole.pair_cosine(i, j), whole.pair_conflict(i, j), whole.pair_overlap(i, j))),
+            ]
+            for i, j in whole.pairs
+        ]
+        show.table(["model", "and", *FIGURES], rows, right=FIGURES)
+        show.line()
+    parts = [show.count(len(found.tensors), "tensor"), show.count(len(names), "model")]
+    parts += [f"{name} {cell}" for name, cell in zip(FIGURES, _cells(found.whole), strict=True)]
+    show.line(" · ".join(parts))
+
+
+def _cells(one: Overlap) -> list[str]:
+    return [_cell(value) for value in (one.cosine, one.conflict, one.overlap)]
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _short(locations: Sequence[str]) -> Sequence[str]:
+    """The last parts of the locations where these tell them apart."""
+    names = [os.path.basename(location.rstrip("/")) for location in locations]
+    return names if len(set(names)) == len(names) else locations
+
+
+def _remarks(found: TaskVectors) -> Iterator[str]:
+    """What takes no part, and what is not finite."""
+    if found.left:
+        named = [f"`{name}` {why}" for name, why in list(found.left.items())[:LEFT]]
+        more = f"; and {len(found.left) - LEFT:,} more, which `--json` names" if len(found.left) > LEFT else ""
+        yield f"{show.count(len(found.left), 'tensor')} not compared: {'; '.join(named)}{more}"
+    if found.whole.undefined:
+        places = show.count(found.whole.undefined, "number")
+        yield f"{places} left out, where a model or the base is NaN or infinite: `merge inspect --stats` counts them"
