@@ -255,6 +255,10 @@ def _step(
         given = [source(ref) for ref in statistics(step, method)]
         table, found, remarks = build_experts(builder, step, method, sources[0], given[0] if given else None)
         builder.remarks += remarks
+    elif method.name == "slice":
+        from mergekit_lite.plan.slice import build_slice
+
+        table, found = build_slice(builder, step, method, sources[0])
     elif method.reach == "alignment":
         from mergekit_lite.plan.alignment import build_alignment
 

@@ -166,7 +166,7 @@ def _worse(worst: Need, nbytes: int, nodes: Sequence[Node], tensor: str) -> Need
 
 def _alignment(alignment: Alignment, size: int) -> Need:
     """The costliest space: its tensors of two models, and what the solver of an assignment takes."""
-    if alignment.use == "known":
+    if not alignment.searched:
         return Need(0)
     if alignment.layers:
         return _experts(alignment, size)
