@@ -60,7 +60,7 @@ def resized(
     for kind, size in wanted.items():
         mine = [ruled for ruled in found if ruled.space.kind == kind]
         _check(kind, size, mine, found)
-        texts = {ruled.rule.size for ruled in mine}
+        texts = dict.fromkeys(ruled.rule.size for ruled in mine)
         if len(texts) > 1 and len({ruled.space.size for ruled in mine}) > 1:
             each = {ruled.rule.word: ruled.space for ruled in mine}.values()
             sizes = ", ".join(f"{space.size} in `{space.name}`" for space in each)
@@ -79,7 +79,7 @@ def resized(
         _regroup(made, fitted.section, mine[0], size, assigned)
     _pin(made, config, fitted, found, assigned)
     keep = {**told, **_sizes(made, fitted, found)}
-    _check_multiple(config, made, fitted.section, assigned)
+    _check_loads(config, made, fitted.section)
     return Resized(made, tuple(ruled.space for ruled in found), keep)
 
 
@@ -141,10 +141,6 @@ def _pin(
             continue
         before = _value(Lengths(fitted, config, []), text, numbers, word)
         if before is not None and before != _value(Lengths(fitted, made, []), text, numbers, word):
-            model_type = lookup(config, fitted.section + "model_type")
-            if key == "head_dim" and model_type in _NO_HEAD_DIM:
-                message = f"the heads of `{model_type}` are as large as width and number of heads say"
-                raise CannotResize("residual", message, _FACTOR)
             assign(made, fitted.section + key, before)
             assigned.add(key)
 
@@ -156,14 +152,20 @@ def _value(lengths: Lengths, text: str, numbers: Mapping[str, int], word: str | 
         return None
 
 
-def _check_multiple(config: Mapping[str, Any], made: Mapping[str, Any], section: str, assigned: set[str]) -> None:
-    """Most configurations of transformers take only a width that is a multiple of the number of heads."""
-    keys = ("hidden_size", "num_attention_heads")
-    (width, heads), (new, fewer) = [[lookup(one, section + key) for key in keys] for one in (config, made)]
-    if not assigned.isdisjoint(keys) and all(isinstance(n, int) and n for n in (width, heads, new, fewer)):
-        if width % heads == 0 and new % fewer:
-            hint = f"{new // fewer * fewer or fewer} and {new // fewer * fewer + fewer} are; so may another number of heads be"
-            raise CannotResize("residual", f"a width of {new} is no multiple of the {fewer} heads", hint)
+def _check_loads(config: Mapping[str, Any], made: Mapping[str, Any], section: str) -> None:
+    """What transformers asks of the numbers beside their fitting the tensors."""
+    sides = [[lookup(one, section + key) for key in ("hidden_size", "num_attention_heads")] for one in (config, made)]
+    if sides[0] == sides[1] or not all(isinstance(number, int) and number for side in sides for number in side):
+        return
+    (width, heads), (new, fewer) = sides
+    model_type = lookup(config, section + "model_type")
+    if model_type in _NO_HEAD_DIM and width * fewer != new * heads:
+        raise CannotResize("residual", f"the heads of `{model_type}` are as large as width / number of heads", _FACTOR)
+    # Most configurations take only a width that is a multiple of the number of heads.
+    if width % heads == 0 and new % fewer:
+        below = new // fewer * fewer
+        hint = f"{below} is, and so is {below + fewer}" if below else f"{fewer} is"
+        raise CannotResize("residual", f"a width of {new} is no multiple of the {fewer} heads", hint)
 
 
 def _sizes(made: Mapping[str, Any], fitted: Fitted, found: tuple[Ruled, ...]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from mergekit_lite.lazy import Tensor
@@ -14,16 +15,16 @@ def _check(params: Params, inputs: int) -> str | None:
     if all(params[name] is None for name in ("layers", "width", "heads", "d_ff")):
         return "`slice` needs one of `layers`, `width`, `heads` and `d_ff`: what is kept."
     layers = params["layers"]
-    if isinstance(layers, tuple) and any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
+    if isinstance(layers, tuple) and any(a >= b for a, b in itertools.pairwise(layers)):
         return "`layers` are numbers of layers to keep, each once and in their order; `stack` repeats and moves layers."
     return None
 
 
 @method(
     Param("layers", "integers", None, "numbers of the layers that are kept, counted from 0", low=0),
-    Param("width", "integer", None, "coordinates of the residual stream that are kept", low=1),
-    Param("heads", "integer", None, "attention heads that every layer keeps, whole groups of them", low=1),
-    Param("d_ff", "integer", None, "hidden units that every feed-forward part keeps", low=1),
+    Param("width", "integer", None, "coordinates of the residual stream to keep; all if left out", low=1),
+    Param("heads", "integer", None, "heads that every layer keeps, whole groups of them; all if left out", low=1),
+    Param("d_ff", "integer", None, "hidden units that every feed-forward part keeps; all if left out", low=1),
     Param("order", "choice", "leading", "which units are kept", choices=("leading", "importance")),
     FAMILY,
     name="slice",

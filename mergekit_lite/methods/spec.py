@@ -38,7 +38,8 @@ class Param:
 
     `per_input` settings stand beside an input in `of`, or under `with` for all inputs at once. `low` and `high` bound
     numbers; an `open_` bound itself is not allowed. A `reference` names a model or step that is a further input.
-    `words` are one or several of `choices`, given as a tuple, `integers` one or several whole numbers; a `path` is a file, for `from` also a step.
+    `words` are one or several of `choices`, given as a tuple, `integers` one or several whole numbers; a `path` is a
+    file, for `from` also a step.
     """
 
     name: str

@@ -51,10 +51,10 @@ class Alignment:
     """An order of units, or groups of experts, that the run finds before it computes tensors, for the steps that share
     it.
 
-    `use` is the method (`permute`, `reorder`, `merge_many`, `slice`), `known` where a file holds the order, or
-    `leading` where units keep the one they have; `spaces` are all
-    spaces of the model, of which those of `kinds` are put in order. `models` are the tensors that are looked at, by
-    name: first the one to resemble, where there is one. `activations` are matrices by space, in the order of `models`.
+    `use` is the method (`permute`, `reorder`, `merge_many`, `slice`), `known` where a file holds the order, `leading`
+    where units keep the one they have; `spaces` are all those of the model, of which those of `kinds` are put in order.
+    `models` are the tensors that are looked at, by name: first the one to resemble, where there is one. `activations`
+    are matrices by space, in the order of `models`.
     `digest` is that of the file, `labels` are the names of the models that are put in order. Of `merge_experts`,
     `layers` are those whose experts are grouped, and `section` is where config.json speaks of them.
     """

@@ -1,5 +1,5 @@
-"""`slice`: a smaller model cut out of a larger one. Sizes and configuration are worked out here; which units are kept is
-for the run to find, where it goes by their importance."""
+"""`slice`: a smaller model cut out of a larger one. Sizes and configuration are worked out here; which units are kept
+is for the run to find, where it goes by their importance."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mergekit_lite.align.keep import Kept, kept_shape, kept_spans
+from mergekit_lite.align.keep import kept_shape, kept_spans
 from mergekit_lite.errors import Mark, MergeError, Problem, RecipeError
 from mergekit_lite.family.data import FamilyData, load_family
 from mergekit_lite.family.family import family_of, restacked_config
 from mergekit_lite.family.resize import CannotResize, Resized, check_resized, resized
+from mergekit_lite.family.section import assign, lookup
 from mergekit_lite.methods.spec import Method
 from mergekit_lite.plan.graph import Builder, Table
-from mergekit_lite.plan.model import LEADING, Alignment, Node
+from mergekit_lite.plan.model import LEADING, Alignment
 from mergekit_lite.plan.settings import constant
 from mergekit_lite.plan.steps import Source, listed
 from mergekit_lite.recipe.model import Step
 
+# Keys that say how many of the first layers are of another sort.
+BOUNDS = ("first_k_dense_replace", "max_window_layers")
 KINDS = {"width": "residual", "heads": "heads", "d_ff": "mlp"}  # what a setting is about
 
 
@@ -78,6 +81,12 @@ def _shallow(step: Step, source: Source, layers: int | Sequence[int]) -> Table:
         elif layer.index in new:
             names[table.family.renumbered(name, new[layer.index])] = name
     config = restacked_config(table.config, stack, [(table.config, index) for index in kept])
+    section = (stack.count_key or "").rpartition(".")[0]
+    for key in BOUNDS:
+        place = f"{section}.{key}" if section else key
+        bound = lookup(table.config, place)
+        if isinstance(bound, int):
+            assign(config, place, sum(index < bound for index in kept) + max(0, bound - stack.count))
     return replace(
         table,
         nodes={name: table.nodes[old] for name, old in names.items()},
