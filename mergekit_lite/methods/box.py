@@ -48,12 +48,13 @@ def _check(params: Params, inputs: int) -> str | None:
 def box(xs: Sequence[Tensor], box: str, give: str) -> Tensor:
     """The box around models, or what several boxes have in common: its lower or upper end, or its middle.
 
+    out = lo, hi or, with `give: centre`, lo + (hi - lo) / 2.
+
     - `box: hull`: lo = min_i x_i and hi = max_i x_i, entry by entry. Every convex combination of the models (a soup of
       any weights) lies in it.
     - `box: intersection`: the inputs are boxes, the ends lo_1, hi_1, lo_2, hi_2, ... in turn; lo = max_i lo_i and
       hi = min_i hi_i. Where that is empty, lo > hi, all of lo, hi and centre are the middle of the gap, and
       `give: empty` is 1 (elsewhere 0): `merge inspect --stats` of it counts them.
-    - `give: centre` is lo + (hi - lo) / 2.
 
     Takes one or more tensors of one shape and gives that shape, in the dtype of the arithmetic. Saved in a narrower
     dtype the ends are rounded like any number; only with `dtype: float32` or wider does the box surely hold the models.

@@ -24,6 +24,7 @@ KERNEL = 4  # blocks: a stored one, and the temporaries of one kernel
 # The same of methods that take more: blocks of the compute dtype, and further ones for each input.
 KERNELS: Mapping[str, tuple[float, float]] = {
     "importance": (6.0, 0.0),
+    "padded": (8.0, 0.0),
     "pcb": (6.0, 0.0),
     "sce": (8.0, 5.0),
 }

@@ -100,15 +100,9 @@ def _narrow(
     builder: Builder, step: Step, source: Source, table: Table, settings: Mapping[str, Any], wanted: Mapping[str, int]
 ) -> Table:
     """`table` with fewer units in its spaces. Raises a MergeError where that cannot be."""
-    data = _family(settings["family"], step) if settings["family"] else None
+    data = family_named(settings["family"], step) if settings["family"] else None
     shapes = {name: node.shape for name, node in table.nodes.items()}
-    try:
-        made = resized(table.config, shapes, wanted, data)
-    except CannotResize as fault:
-        name = next((name for name, kind in KINDS.items() if kind == fault.kind and kind in wanted), None)
-        mark = step.use_mark if name is None else _mark(step, name)
-        lead = f"`{source.name}` cannot be cut so" if name is None else f"`{name}` does not fit `{source.name}`"
-        raise RecipeError(Problem(f"{lead}: {fault}", mark, fault.hint)) from None
+    made = resized_model(source, table, wanted, data, step.use_mark, {k: v.mark for k, v in step.params.items()})
     if not made.keep:
         return replace(table, config=made.config)
     kept = kept_spans(made.spaces, made.keep, shapes)
@@ -125,6 +119,26 @@ def _narrow(
         place = (("tensor", name), ("among", (name,)), ("model", 0), ("invert", False), ("kept", cut))
         nodes[name] = builder.gather([node], step.name, alignment.name, place, kept_shape(node.shape, cut))
     return replace(table, nodes=nodes, config=made.config)
+
+
+def resized_model(
+    source: Source,
+    table: Table,
+    wanted: Mapping[str, int],
+    data: FamilyData | None,
+    lead: Mark,
+    marks: Mapping[str, Mark],
+) -> Resized:
+    """`table` of `source` with `wanted` units by kind. Raises a MergeError where that cannot be; RecipeError where its
+    sizes are to blame, at the mark of the setting, or at `lead`."""
+    shapes = {name: node.shape for name, node in table.nodes.items()}
+    try:
+        return resized(table.config, shapes, wanted, data)
+    except CannotResize as fault:
+        name = next((name for name, kind in KINDS.items() if kind == fault.kind and kind in wanted), None)
+        mark = lead if name is None else marks.get(name, lead)
+        what = f"`{source.name}` cannot be cut so" if name is None else f"`{name}` does not fit `{source.name}`"
+        raise RecipeError(Problem(f"{what}: {fault}", mark, fault.hint)) from None
 
 
 def _check(
@@ -157,7 +171,8 @@ def _alignment(step: Step, source: Source, settings: Mapping[str, Any], made: Re
     )
 
 
-def _family(path: str, step: Step) -> FamilyData:
+def family_named(path: str, step: Step) -> FamilyData:
+    """The family that the step's `family` names. Raises RecipeError."""
     try:
         return load_family(os.path.expanduser(path))
     except MergeError as fault:
