@@ -15,6 +15,7 @@ from mergekit_lite.align.reorder import Units, lineage
 from mergekit_lite.align.trees import Shapes
 from mergekit_lite.errors import InputError
 from mergekit_lite.family.spaces import Space
+from mergekit_lite.lazy import torch
 
 Spans = tuple[tuple[int, int], ...]  # [start, stop) along an axis, in order
 Kept = tuple[tuple[int, Spans], ...]  # by axis; an axis that is not there is kept whole
@@ -78,7 +79,7 @@ def important(
         check()
         norms = np.zeros(space.groups)
         for _, held in Units(space, lineage(space, named), found, shapes, of).each():
-            norms += held.double().abs().sum(dim=1).reshape(space.groups, -1).sum(dim=1).cpu().numpy()
+            norms += held.abs().sum(dim=1, dtype=torch.float64).reshape(space.groups, -1).sum(dim=1).cpu().numpy()
         if not np.isfinite(norms).all():
             raise InputError(
                 f"the tensors of the space `{space.name}` hold NaN or infinite values",

@@ -171,6 +171,12 @@ def _alignment(alignment: Alignment, size: int) -> Need:
         return Need(0)
     if alignment.layers:
         return _experts(alignment, size)
+    if alignment.use == "slice":
+        # The tensor, put in the order of the spaces around, its magnitudes, and what the sum takes.
+        name, node = max(alignment.models[0].items(), key=lambda item: item[1].numel)
+        return Need(
+            math.ceil(SEARCH * 4 * size * node.numel), f"`{alignment.name}` needs the whole of `{name}` at once"
+        )
     from mergekit_lite.align.memory import matching_bytes
 
     shapes = {name: node.shape for table in alignment.models for name, node in table.items()}

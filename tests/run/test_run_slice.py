@@ -21,6 +21,7 @@ from transformers import AutoConfig
 from mergekit_lite import InputError, RecipeError, load_recipe, plan, run
 from mergekit_lite.align.apply import Move, permuted
 from mergekit_lite.align.keep import cut, important, kept_shape, kept_spans
+from mergekit_lite.cli.run import matched
 from mergekit_lite.family.spaces import Space, Use
 from mergekit_lite.run import gather
 from tests.family.family_models import MODELS
@@ -222,7 +223,14 @@ def test_importance_keeps_the_units_with_the_largest_norms_in_their_order(tmp_pa
         kv = first_of(norms(tensors, groups, 2, layer), 1)
         mlp = first_of(norms(tensors, units, 20, layer), count)
         made |= llama({n: t for n, t in tensors.items() if layer in n}, res, kv, mlp)
-    out = sliced(tmp_path / "big", f"width: 16, heads: 2, d_ff: {count}, order: importance")
+    settings = f"width: 16, heads: 2, d_ff: {count}, order: importance"
+    (tmp_path / "recipe.yaml").write_text(text(tmp_path / "big", settings), encoding="utf-8")
+    figures = run(plan(load_recipe(tmp_path / "recipe.yaml"))).alignments["small"]
+    out = tmp_path / "big-out"
+    streams = norms(tensors, width, 24)
+    assert figures["kept"]["residual"] == pytest.approx(streams[res].sum() / streams.sum(), rel=1e-6)
+    (told,) = matched(["big"], figures)
+    assert re.fullmatch(r"big: the kept units of 5 spaces hold [0-9]+% of their L1 norm", told)
     written = load_file(out / "model.safetensors")
     assert written.keys() == made.keys() and all(torch.equal(written[n], made[n]) for n in made)
     # What was kept can be read beside the output: the permutation puts it in front.
