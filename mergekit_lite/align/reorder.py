@@ -64,7 +64,7 @@ def reorder(
     found: dict[str, Order] = {}
     figures: dict[str, Smoothness] = {}
     for done, space in enumerate(chosen, start=1):
-        units = _Units(space, _lineage(space, parents), found, shapes, of)
+        units = Units(space, lineage(space, parents), found, shapes, of)
 
         def path(distances: Distances) -> Order:
             return shortest_path(distances, starts=starts, seed=seed, check=check)
@@ -82,7 +82,7 @@ def reorder(
     return found, figures
 
 
-def _lineage(space: Space, named: dict[str, Space]) -> list[Space]:
+def lineage(space: Space, named: dict[str, Space]) -> list[Space]:
     """The spaces that this one lies in, the outermost first."""
     found: list[Space] = []
     while space.parent is not None:
@@ -91,7 +91,7 @@ def _lineage(space: Space, named: dict[str, Space]) -> list[Space]:
     return found
 
 
-class _Units:
+class Units:
     """What the uses of a space hold of its units, as it lies once the spaces around it are permuted."""
 
     def __init__(self, space: Space, around: list[Space], found: dict[str, Order], shapes: Shapes, of: Tensors):
@@ -132,7 +132,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _plain(
-    units: _Units, between: Callable[[int], UnitDistances], path: Callable[[Distances], Order]
+    units: Units, between: Callable[[int], UnitDistances], path: Callable[[Distances], Order]
 ) -> tuple[Order, float, float]:
     """The order of units that stand alone; the length before and after."""
     total = between(units.space.size)
@@ -144,7 +144,7 @@ def _plain(
 
 
 def _grouped(
-    units: _Units, between: Callable[[int], UnitDistances], path: Callable[[Distances], Order]
+    units: Units, between: Callable[[int], UnitDistances], path: Callable[[Distances], Order]
 ) -> tuple[Order, float, float]:
     """The same for units in groups: within each group, then the groups. Where that comes out longer, as they were."""
     space, group = units.space, units.space.group

@@ -93,7 +93,9 @@ def default_text(param: Param) -> str:
     """The default in words."""
     if param.required:
         return "required"
-    return ("all" if param.kind == "layers" else "auto") if param.default is None else plain(param.default)
+    return (
+        ("all" if param.kind in ("layers", "integers") else "auto") if param.default is None else plain(param.default)
+    )
 
 
 def example(method: Method) -> str:

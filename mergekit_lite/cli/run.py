@@ -223,6 +223,10 @@ def matched(labels: Sequence[str], figures: Mapping[str, Any]) -> list[str]:
     found = figures.get("models", [figures])
     lines = []
     for label, one in zip(labels, found, strict=True):
+        if one.get("kept"):
+            share = sum(one["kept"].values()) / len(one["kept"])
+            spaces = show.count(len(one["kept"]), "space")
+            lines.append(f"{label}: the kept units of {spaces} hold {share:.0%} of their L1 norm")
         if not one.get("moved"):
             continue
         share = sum(one["moved"].values()) / len(one["moved"])

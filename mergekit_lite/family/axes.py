@@ -31,6 +31,21 @@ def spaces_of(config: Mapping[str, Any], shapes: Shapes, data: FamilyData | None
     return tuple(_Gathering(fitted, config, shapes).ordered())
 
 
+@dataclass(frozen=True, slots=True)
+class Ruled:
+    """A space, the rule of the family that it follows, and the numbers in names that the rule's sizes may ask for."""
+
+    space: Space
+    rule: SpaceRule
+    numbers: Bound
+
+
+def ruled_spaces(fitted: Fitted, config: Mapping[str, Any], shapes: Shapes) -> tuple[Ruled, ...]:
+    """The spaces of a fitted layout as `spaces_of` gives them, with their rules. Raises what that raises."""
+    gathering = _Gathering(fitted, config, shapes)
+    return tuple(Ruled(space, *gathering.rule(space.name)) for space in gathering.ordered())
+
+
 @dataclass
 class _Growing:
     """A space whose uses are being gathered."""
@@ -40,6 +55,7 @@ class _Growing:
     group: int
     parent: str | None
     slot: int
+    numbers: Bound
     uses: list[Use] = field(default_factory=list)
     members: dict[str, dict[int, str]] = field(default_factory=lambda: defaultdict(dict))
 
@@ -73,6 +89,10 @@ class _Gathering:
             parent = self._growing[name].parent
             children[parent if parent in self._growing else None].append(name)
         yield from self._family_tree(None, children)
+
+    def rule(self, name: str) -> tuple[SpaceRule, Bound]:
+        """The rule that a space follows, and the numbers in names that it was found with."""
+        return self._growing[name].rule, self._growing[name].numbers
 
     def _family_tree(self, parent: str | None, children: Mapping[str | None, list[str]]) -> Iterator[Space]:
         for name in children.get(parent, ()):
@@ -131,7 +151,7 @@ class _Gathering:
                 twin = self._inside.setdefault((parent, meant.rule.kind, slot), name)
                 if twin != name:
                     raise InputError(f"`{twin}` and `{name}` are of one kind and lie in one slot of `{parent}`")
-            self._growing[name] = _Growing(meant.rule, size, size // groups, parent, slot)
+            self._growing[name] = _Growing(meant.rule, size, size // groups, parent, slot, meant.numbers)
         return self._growing[name]
 
     def _parent(self, meant: Meant) -> tuple[str | None, int]:

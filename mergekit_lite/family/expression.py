@@ -143,8 +143,9 @@ def _evaluate(node: ast.expr, value: Callable[[str], Value]) -> Value:
         case ast.Name() | ast.Attribute():
             return value(_key(node))
         case ast.BoolOp(op=ast.Or(), values=choices):
-            stated = [_evaluate(choice, value) for choice in choices]
-            return next((number for number in stated if number is not None), None)
+            # What stands behind the first that is stated need not come out even.
+            found = (_evaluate(choice, value) for choice in choices)
+            return next((number for number in found if number is not None), None)
         case ast.BinOp(left=left, op=op, right=right):
             a, b = _evaluate(left, value), _evaluate(right, value)
             return _arithmetic(op, a, b, ast.unparse(node))

@@ -92,6 +92,10 @@ class Lengths:
             return self._number(meant.rule.size, meant.numbers, f"the size of `{meant.rule.word}`")
         return self._told[meant.name]
 
+    def value(self, text: str, numbers: Bound, word: str | None = None) -> int:
+        """What a size of the family's file comes to; `word` where it has a name there."""
+        return self._number(text, numbers, f"`{text}`", word)
+
     def groups(self, meant: Meant) -> int:
         """The number of groups of a space, which is that of its units where it has none."""
         if meant.rule.groups is None:

@@ -259,6 +259,14 @@ def _step(
         given = [source(ref) for ref in statistics(step, method)]
         table, found, remarks = build_experts(builder, step, method, sources[0], given[0] if given else None)
         builder.remarks += remarks
+    elif method.name == "slice":
+        from mergekit_lite.plan.slice import build_slice
+
+        table, found = build_slice(builder, step, method, sources[0])
+    elif method.name == "mix_widths":
+        from mergekit_lite.plan.mix import build_mix
+
+        table, found = build_mix(builder, step, method, sources)
     elif method.reach == "alignment":
         from mergekit_lite.plan.alignment import build_alignment
 

@@ -29,7 +29,7 @@ def seconds(plan: Plan, threads: int) -> float:
 
 def _search(alignment: Alignment) -> float:
     """Nanoseconds of one core for an order of units: in every pass each unit is multiplied with every other one."""
-    if not alignment.models or alignment.use == "known":
+    if not alignment.models or not alignment.searched:
         return 0.0
     if alignment.layers:
         # Every expert but the dominant ones, unit by unit of the one that it joins.

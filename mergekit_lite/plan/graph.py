@@ -119,15 +119,22 @@ class Builder:
             known = self._known[identity] = replace(node, id=len(self._known), shape=shape, method=method)
         return known
 
-    def gather(self, inputs: Sequence[Node], step: str, alignment: str, place: tuple[tuple[str, Any], ...]) -> Node:
+    def gather(
+        self,
+        inputs: Sequence[Node],
+        step: str,
+        alignment: str,
+        place: tuple[tuple[str, Any], ...],
+        shape: tuple[int, ...] | None = None,
+    ) -> Node:
         """The node that takes one of `inputs` in the order that `alignment` will give; `place` tells which part of it
-        is meant."""
+        is meant. `shape` is that of the result where it takes fewer elements."""
         identity = ("gather", alignment, place, tuple(node.id for node in inputs))
         known = self._known.get(identity)
         if known is None:
             known = self._known[identity] = Node(
                 id=len(self._known),
-                shape=inputs[0].shape,
+                shape=inputs[0].shape if shape is None else shape,
                 step=step,
                 method=permuted,
                 inputs=tuple(inputs),

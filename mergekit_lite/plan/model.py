@@ -43,14 +43,18 @@ class Node:
         return math.prod(self.shape)
 
 
+LEADING = "leading"  # what an alignment is called whose units keep their order, as a slice by leading units has it
+
+
 @dataclass(frozen=True, slots=True)
 class Alignment:
     """An order of units, or groups of experts, that the run finds before it computes tensors, for the steps that share
     it.
 
-    `use` is the method (`permute`, `reorder`, `merge_many`), or `known` where a file holds the order; `spaces` are all
-    spaces of the model, of which those of `kinds` are put in order. `models` are the tensors that are looked at, by
-    name: first the one to resemble, where there is one. `activations` are matrices by space, in the order of `models`.
+    `use` is the method (`permute`, `reorder`, `merge_many`, `slice`), `known` where a file holds the order, `leading`
+    where units keep the one they have; `spaces` are all those of the model, of which those of `kinds` are put in order.
+    `models` are the tensors that are looked at, by name: first the one to resemble, where there is one. `activations`
+    are matrices by space, in the order of `models`.
     `digest` is that of the file, `labels` are the names of the models that are put in order. Of `merge_experts`,
     `layers` are those whose experts are grouped, and `section` is where config.json speaks of them.
     """
@@ -68,9 +72,14 @@ class Alignment:
     section: str = ""
 
     @property
+    def searched(self) -> bool:
+        """Whether the order is searched for in the models' numbers."""
+        return self.use not in ("known", LEADING)
+
+    @property
     def nodes(self) -> tuple[Node, ...]:
         """All that is looked at, model by model."""
-        if self.use == "known":
+        if not self.searched:
             return ()
         tables = self.activations or self.models
         return tuple(node for table in tables for node in table.values())

@@ -104,11 +104,15 @@ def make_units(outputs: Sequence[Output]) -> tuple[Unit, ...]:
 
 def among(nodes: Iterable[Node]) -> dict[int, float]:
     """The nodes of which a gathering node reads one, by id: how many there are to choose from. Where it takes means,
-    how many for each that it reads, on average; below 1 where it reads several parts of one for each of its own."""
+    how many for each that it reads, on average; below 1 where it reads several parts of one for each of its own, or
+    rows that are longer."""
     found: dict[int, float] = {}
     for node in [n for n in nodes if n.reach == "row"]:
         if node.method is not None and node.method.gathers and not node.method.combines:
-            choice = len(node.inputs) / dict(node.params).get("members", 1.0)
+            place = dict(node.params)
+            choice = len(node.inputs) / place.get("members", 1.0)
+            if "kept" in place:
+                choice *= math.prod(node.shape[1:]) / math.prod(node.inputs[0].shape[1:])
             if choice != 1:
                 found.update((below.id, choice) for below in walk(node.inputs))
     return found
@@ -170,7 +174,7 @@ def passes(alignment: Alignment) -> int:
     """How often the tensors of an alignment are usually read: once where no space depends on another, else in some
     sweeps. Experts are read to find which are alike, where their weights tell, and to match their units, each with the
     dominant one of its group."""
-    if alignment.activations or alignment.use == "reorder":
+    if alignment.activations or alignment.use in ("reorder", "slice"):
         return 1
     if alignment.layers:
         params = dict(alignment.params)

@@ -24,6 +24,7 @@ KERNEL = 4  # blocks: a stored one, and the temporaries of one kernel
 # The same of methods that take more: blocks of the compute dtype, and further ones for each input.
 KERNELS: Mapping[str, tuple[float, float]] = {
     "importance": (6.0, 0.0),
+    "padded": (8.0, 0.0),
     "pcb": (6.0, 0.0),
     "sce": (8.0, 5.0),
 }
@@ -170,10 +171,16 @@ def _worse(worst: Need, nbytes: int, nodes: Sequence[Node], tensor: str) -> Need
 
 def _alignment(alignment: Alignment, size: int) -> Need:
     """The costliest space: its tensors of two models, and what the solver of an assignment takes."""
-    if alignment.use == "known":
+    if not alignment.searched:
         return Need(0)
     if alignment.layers:
         return _experts(alignment, size)
+    if alignment.use == "slice":
+        # The tensor, put in the order of the spaces around, its magnitudes, and what the sum takes.
+        name, node = max(alignment.models[0].items(), key=lambda item: item[1].numel)
+        return Need(
+            math.ceil(SEARCH * 4 * size * node.numel), f"`{alignment.name}` needs the whole of `{name}` at once"
+        )
     from mergekit_lite.align.memory import matching_bytes
 
     shapes = {name: node.shape for table in alignment.models for name, node in table.items()}

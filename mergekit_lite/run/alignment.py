@@ -15,10 +15,11 @@ from mergekit_lite.align.activations import match_activations
 from mergekit_lite.align.apply import Move, Order, inverse, moves
 from mergekit_lite.align.auction import auction
 from mergekit_lite.align.file import read_file
+from mergekit_lite.align.keep import cut, important
 from mergekit_lite.align.many import match_many
 from mergekit_lite.align.match import Solution, match, moved_share
 from mergekit_lite.align.reorder import reorder
-from mergekit_lite.plan.model import Alignment, Node
+from mergekit_lite.plan.model import LEADING, Alignment, Node
 from mergekit_lite.plan.order import walk
 from mergekit_lite.run.evaluate import Blocks, subset
 from mergekit_lite.run.gather import Taken
@@ -54,6 +55,8 @@ def solve(alignment: Alignment, stats: Stats, blocks: Blocks, threads: Executor,
         from mergekit_lite.run.experts import solve_experts
 
         return Solved(*solve_experts(alignment, stats, blocks, threads, report))
+    if alignment.use == LEADING:
+        return Solved(({},), {})
     if alignment.use == "known":
         return Solved(tuple(read_file(params["from"], alignment.spaces, alignment.digest)), {})
     spaces, shapes = alignment.spaces, shapes_of(alignment)
@@ -66,6 +69,10 @@ def solve(alignment: Alignment, stats: Stats, blocks: Blocks, threads: Executor,
         found = match_activations(spaces, like, of, **common)
         return Solved((found.permutations,), _figures(found))
     models = [_tensors(table, stats, blocks) for table in alignment.models]
+    if alignment.use == "slice":
+        kept = dict(params["keep"])
+        orders, shares = important(spaces, kept, models[0], shapes=shapes, check=blocks.stopped, report=report)
+        return Solved((orders,), {"kept": shares})
     common |= {"shapes": shapes, "seed": params["seed"], "threads": threads}
     if alignment.use == "reorder":
         orders, smoothness = reorder(spaces, models[0], metric=params["order"], starts=params["starts"], **common)
@@ -123,9 +130,10 @@ def places(alignment: Alignment, solved: Solved, nodes: Iterable[Node]) -> Stats
         place = dict(node.params)
         key = (place["model"], place["invert"])
         if key not in known:
-            orders = solved.permutations[key[0]]
-            orders = inverse(alignment.spaces, orders) if key[1] else orders
-            known[key] = moves(alignment.spaces, orders, shapes)
+            permutations = solved.permutations[key[0]]
+            permutations = inverse(alignment.spaces, permutations) if key[1] else permutations
+            known[key] = moves(alignment.spaces, permutations, shapes)
         move = known[key].get(place["tensor"], Move(place["tensor"]))
-        found[node.id] = Taken(place["among"].index(move.source), move.orders)
+        orders = cut(move, place["kept"], shapes[move.source]) if "kept" in place else move.orders
+        found[node.id] = Taken(place["among"].index(move.source), orders)
     return found

@@ -168,7 +168,7 @@ def _permutations(plan: Plan, output: Output, solved: Mapping[str, Solved]) -> l
     folder = partial(output.to) / PERMUTATIONS
     names = []
     for name, found in solved.items():
-        if name not in used or plan.alignments[name].use == "known":
+        if name not in used or not plan.alignments[name].searched:
             continue
         if plan.alignments[name].layers:
             names.append(_groups(plan, output, name, found))

@@ -62,7 +62,7 @@ def remember(plan: Plan, solved: Mapping[str, Solved], digests: Mapping[str, str
 def _searched(alignment: Alignment) -> bool:
     """Whether an order is searched for in stored tensors or what is computed from them alone: one that a file tells is
     read from it, and one that depends on another is searched for anew."""
-    return alignment.use != "known" and not any(node.pool for node in walk(alignment.nodes))
+    return alignment.searched and not any(node.pool for node in walk(alignment.nodes))
 
 
 def _any(folder: Path, search: str) -> bool:

@@ -44,8 +44,9 @@ def read_rows(read: Callable[[int, int], Tensor], rows: Order, width: int) -> Te
 
 
 class Gather:
-    """Blocks of whole rows of a tensor of `shape` in the order of `taken`. `read` gives the elements [start, stop) of
-    the tensor in its old order, flat; with `whole` it can give all of them only. For one thread."""
+    """Blocks of whole rows of what `taken` takes of a tensor of `shape`: all its elements in another order, or fewer.
+    `read` gives the elements [start, stop) of the tensor in its old order, flat; with `whole` it can give all of them
+    only. For one thread."""
 
     def __init__(
         self,
@@ -58,20 +59,21 @@ class Gather:
         self._shape, self._read = shape, read
         self._numel = math.prod(shape)
         self._width = math.prod(shape[1:])
+        self._taken = math.prod(len(taken.orders.get(axis, range(n))) for axis, n in enumerate(shape) if axis)
         self._keep = whole or len(shape) < 2 or self._numel <= SMALL
         self._rows = taken.orders.get(0)
         self._others = {axis: torch.from_numpy(order).to(device) for axis, order in taken.orders.items() if axis}
         self._kept: Tensor | None = None
 
     def block(self, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the tensor in its new order, flat, in memory of their own."""
+        """Elements [start, stop) of what is taken, flat, in memory of their own."""
         if self._keep:
             if self._kept is None:
                 self._kept = self._order(self._picked(self._read(0, self._numel).view(self._shape))).reshape(-1)
             return self._kept[start:stop].clone()
-        top, bottom = start // self._width, stop // self._width
+        top, bottom = start // self._taken, stop // self._taken
         if self._rows is None:
-            rows = self._read(start, stop)
+            rows = self._read(top * self._width, bottom * self._width)
         else:
             rows = read_rows(self._read, self._rows[top:bottom], self._width)
         return self._order(rows.view(bottom - top, *self._shape[1:])).reshape(-1)

@@ -231,7 +231,7 @@ class Program:
         chosen = node.inputs[taken.source]
         program = Program([chosen], self._loader, self._stats, self._watch, self._step)
         return Gather(
-            node.shape, taken, lambda start, stop: program.run(start, stop)[0], program.whole, self._loader.device
+            chosen.shape, taken, lambda start, stop: program.run(start, stop)[0], program.whole, self._loader.device
         )
 
     def _transplant(self, node: Node, graft: Graft, terms: int) -> Transplant:

@@ -92,14 +92,18 @@ def test_every_example_can_be_planned(
     if PUBLIC[name].reach == "alignment":
         # Orders of units are told by a family file, which these fit.
         Path("recipes").symlink_to(Path(__file__).parents[2] / "recipes")
-        names = {f"encoder.layers.{i}.weight": (4, 4) for i in range(8)} | {"head.weight": (4, 4)}
-        names |= {key.replace("weight", "bias"): (4,) for key in names}
+        names = {f"encoder.layers.{i}.weight": (256, 256) for i in range(8)} | {"head.weight": (256, 256)}
+        names |= {key.replace("weight", "bias"): (256,) for key in names}
     if PUBLIC[name].reach == "vocabulary":
         names["model.embed_tokens.weight"] = (100, 4)
     for seed, model in enumerate(recipe.models.values()):
         # Gram matrices belong to linear layers only.
         shapes = {key: shape for key, shape in names.items() if len(shape) == 2 or not model.name.endswith("_gram")}
-        kind = {"config": {"model_type": "digits_mlp", "num_hidden_layers": 8}} if "head.bias" in names else {}
+        kind = (
+            {"config": {"model_type": "digits_mlp", "num_hidden_layers": 8, "hidden_size": 256}}
+            if "head.bias" in names
+            else {}
+        )
         if name in MIXTURES:
             model_type, shapes = next((v for ending, v in MIXTURES[name].items() if model.name.endswith(ending)))
             kind = {"config": {"model_type": model_type, "num_hidden_layers": 8, "num_local_experts": 8}}

@@ -358,6 +358,11 @@ def test_sizes_are_arithmetic(values: dict[str, int], data: st.DataObject):
     assert expression.keys("a or c.d * 2") == ("a", "c.d")
 
 
+def test_what_stands_behind_a_stated_key_need_not_come_out_even():
+    """A model whose width is no multiple of its heads states the size of a head."""
+    assert expression.size("a or b / c", {"a": 8, "b": 18, "c": 4}.get) == 8
+
+
 @pytest.mark.parametrize(
     "text", ["__import__('os')", "a if b else c", "[a]", "a[0]", "'a'", "a(", "a.b()", "True", "a < b"]
 )
