@@ -25,6 +25,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "nearswap": {"t": 1e-4},
     "sce": {"select_topk": 0.5},
     "slerp": {"t": 0.4},
+    "slice": {"d_ff": 32},
     "sparsify": {"density": 0.2},
     "task_arithmetic": {"lambda": 0.4},
     "tucker": {"rank": 32},
@@ -43,6 +44,7 @@ PARTS: Mapping[str, str] = {
     "importance": "gives scores",
     "keep_shared": "takes masks",
     "merge_experts": "takes a mixture of experts",
+    "moe": "gives a mixture of experts",
     "take_important": "takes scores",
     "transplant": "takes two tokenizers",
 }
