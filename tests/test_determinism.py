@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mergekit_lite import Result, load_recipe, plan, run
 from mergekit_lite.run.progress import Progress
 from tests.conftest import ROOT, Demo
 
-# Not those whose models are on the Hub: tests/vocabulary has the like of a transplant, tests/run that of `moe`.
 RECIPES = sorted(
-    str(path.relative_to(ROOT))
-    for path in (ROOT / "recipes").rglob("*.yaml")
-    if path.parent.name != "families" and path.name not in ("transplant.yaml", "moe.yaml")
+    str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "families"
 )
 THREADS = (1, 2)
 BLOCKS = (97, 1 << 10, 1 << 18)  # elements; the networks' largest tensor has some thousands
@@ -82,38 +80,65 @@ def result_of(recipe: str, threads: int, block: int, stop: bool, ranks: Any = No
     return shards(run(made, resume=stop, **options))
 
 
-def in_folder(folder: Path, demo: Demo) -> Path:
-    """A working directory for the demo's recipes."""
+@pytest.fixture(scope="module")
+def places(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """What recipes name, by where: the demo's networks, and language models in place of those on the Hub."""
+    # Here, since every rank imports this file.
+    from tests.run.dense_models import write_dense, write_states
+
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import vocabulary_models as maker
+
+    monkeypatch.undo()
+    folder = tmp_path_factory.mktemp("elsewhere")
+    before = torch.get_rng_state()
+    for seed, name in enumerate(("base", "math", "code")):
+        write_dense(folder / "org" / name, "llama", seed)
+    for seed, name in enumerate(("math", "code")):
+        (folder / "stats" / name).mkdir(parents=True)
+        write_states(folder / "stats" / name / "hidden.safetensors", seed)
+    maker.write(folder / "org" / "small-model", maker.byte_level(maker.prose(), 420), 1)
+    maker.write(folder / "org" / "large-model", maker.byte_level(maker.code(), 500), 2, hidden=24)
+    torch.set_rng_state(before)
+    of_demo = {name: demo.folder / name for name in ("demo", "recipes")}
+    return of_demo | {name: folder / name for name in ("org", "stats")}
+
+
+def in_folder(folder: Path, places: Mapping[str, Path]) -> Path:
+    """A working directory for the project's recipes."""
     folder.mkdir(parents=True)
-    for name in ("demo", "recipes"):
-        (folder / name).symlink_to(demo.folder / name)
+    for name, place in places.items():
+        (folder / name).symlink_to(place)
     return folder
 
 
-def expected(recipe: str, folder: Path, demo: Demo, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    monkeypatch.chdir(in_folder(folder, demo))
+def expected(recipe: str, folder: Path, places: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    monkeypatch.chdir(in_folder(folder, places))
     return result_of(recipe, 1, BLOCKS[-1], False)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_threads_blocks_and_a_stop_change_nothing(
-    recipe: str, demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, places: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = expected(recipe, tmp_path / "first", demo, monkeypatch)
+    first = expected(recipe, tmp_path / "first", places, monkeypatch)
     assert first
     for number, (threads, block, stop) in enumerate(itertools.product(THREADS, BLOCKS, (False, True))):
-        monkeypatch.chdir(in_folder(tmp_path / str(number), demo))
+        monkeypatch.chdir(in_folder(tmp_path / str(number), places))
         assert result_of(recipe, threads, block, stop) == first, (threads, block, stop)
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_ranks_change_nothing(part: int, demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_change_nothing(
+    part: int, places: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work = list(itertools.product(RECIPES[part::PARTS], THREADS, BLOCKS, (False, True)))
     for number in range(len(work)):
-        in_folder(tmp_path / "at" / str(number), demo)
+        in_folder(tmp_path / "at" / str(number), places)
     found = _two_ranks(work, tmp_path)
     assert len(found) == len(work)
-    wanted = {recipe: expected(recipe, tmp_path / recipe, demo, monkeypatch) for recipe in RECIPES[part::PARTS]}
+    wanted = {recipe: expected(recipe, tmp_path / recipe, places, monkeypatch) for recipe in RECIPES[part::PARTS]}
     for name, digests in found.items():
         assert digests == wanted[name.split()[0]], name
 
