@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite.calibrate.examples import IGNORED, LABELS, uniform
-from mergekit_lite.calibrate.model import Loaded, quiet, transformers
+from mergekit_lite.calibrate.model import Loaded, transformers
 from mergekit_lite.errors import InputError, UsageError, suggest
 from mergekit_lite.lazy import Tensor, torch
+from mergekit_lite.report.quiet import quiet
 
 BLOCK = 512
 BATCH = 32  # examples of a data file that go through together
@@ -139,7 +140,7 @@ def _tokenizer(folder: Path, location: str) -> Any:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
     if not any((folder / name).exists() for name in names):
         raise InputError(f"`{location}` has no tokenizer", hint=hint)
-    with quiet():
+    with quiet(transformers()):
         try:
             return transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as fault:  # whatever a tokenizer's files make the library raise

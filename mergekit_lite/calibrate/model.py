@@ -12,6 +12,7 @@ from mergekit_lite.checkpoint.meta import Checkpoint
 from mergekit_lite.errors import InputError, StoppedError, UsageError
 from mergekit_lite.lazy import torch
 from mergekit_lite.plan.words import few
+from mergekit_lite.report.quiet import quiet
 
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _EXTRA = "pip install 'mergekit_lite[calibrate]'"
@@ -62,7 +63,7 @@ def load(checkpoint: Checkpoint, location: str, device: Any, device_map: str | N
     dtype = torch.float32 if 2 * sum(half) > sum(m.numel for m in checkpoint.tensors.values()) else "auto"
     if device_map is not None and device_map not in MAPS:
         raise UsageError(f"there is no device map `{device_map}`", hint=", ".join(f"`{name}`" for name in MAPS))
-    with quiet(), _refusals(location):
+    with quiet(transformers()), _refusals(location):
         config = library.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
         made, said = _class(library, config).from_pretrained(
             checkpoint.folder,
@@ -93,7 +94,7 @@ def load(checkpoint: Checkpoint, location: str, device: Any, device_map: str | N
 def skeleton(checkpoint: Checkpoint, location: str) -> Any:
     """The network of a checkpoint without its weights, whose tensors have shapes alone. Raises as `load`."""
     library = transformers()
-    with quiet(), _refusals(location), torch.device("meta"):
+    with quiet(transformers()), _refusals(location), torch.device("meta"):
         config = library.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
         named = _class(library, config)
         return named.from_config(config) if named is library.AutoModelForCausalLM else named(config)
@@ -141,18 +142,3 @@ def _refusals(location: str) -> Iterator[None]:
         lines = str(fault).strip().splitlines()
         said = lines[0][:300] if lines else type(fault).__name__
         raise InputError(f"transformers cannot load `{location}`: {said}") from fault
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """transformers says nothing and draws no bars."""
-    logging = transformers().utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -16,7 +16,8 @@ from mergekit_lite.family.spaces import Space
 from mergekit_lite.lazy import Tensor
 from mergekit_lite.report.check import Check, count, fail, failures, few, ok, warn
 from mergekit_lite.report.look import open_location
-from mergekit_lite.report.tiny import Tiny, quiet, tiny_model
+from mergekit_lite.report.quiet import quiet
+from mergekit_lite.report.tiny import Tiny, tiny_model, transformers
 
 # Norms of many models compute in float32, whatever the dtype of the weights.
 TOLERANCE = 3e-5
@@ -45,7 +46,7 @@ def proof(location: str, family: str | None = None, *, offline: bool = False, se
     if not spaces:
         yield warn("spaces", "nothing may be permuted in this checkpoint")
         return
-    with quiet(), tempfile.TemporaryDirectory() as folder:
+    with quiet(transformers()), tempfile.TemporaryDirectory() as folder:
         tiny = tiny_model(checkpoint.config, sum(meta.numel for meta in checkpoint.tensors.values()))
         yield ok("model", f"{type(tiny.model).__name__} with {count(tiny.model.num_parameters(), 'random weight')}")
         yield from _tried(tiny, Path(folder), data, {space.kind for space in spaces}, seed)

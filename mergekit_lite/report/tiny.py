@@ -5,7 +5,6 @@ Sizes are shrunk, everything else is kept. No code comes from a checkpoint, and 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -68,14 +67,14 @@ def tiny_model(config: Mapping[str, Any], parameters: int, most: int = 50_000_00
 
     InputError where transformers is not installed, does not know the model type, or cannot build such a model.
     """
-    transformers = _transformers()
+    library = transformers()
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise InputError(
             Problem("config.json names no model type, so there is no model to prove spaces on", None, _HINT)
         )
     try:
-        known = transformers.AutoConfig.for_model(**_kept(config))
+        known = library.AutoConfig.for_model(**_kept(config))
     except Exception as fault:  # what a class of configuration raises is its own affair
         message = f"transformers knows no model of type `{model_type}` with this config.json: {_first(fault)}"
         raise InputError(Problem(message, None, _HINT)) from fault
@@ -83,7 +82,7 @@ def tiny_model(config: Mapping[str, Any], parameters: int, most: int = 50_000_00
     faults = []
     for sizes in tries:
         try:
-            return _built(transformers, sizes, config.get("architectures"))
+            return _built(library, sizes, config.get("architectures"))
         except Exception as fault:  # transformers and the model's own code raise whatever they raise
             faults.append(_first(fault))
     raise InputError(Problem(f"transformers cannot build a small model of type `{model_type}`: {faults[0]}"))
@@ -200,28 +199,14 @@ def _compared(outputs: Mapping[str, Any]) -> list[Tensor]:
     return []
 
 
-def _transformers() -> Any:
+def transformers() -> Any:
+    """The library. Raises InputError where it is not installed."""
     try:
         import transformers
     except ImportError as fault:
         hint = "pip install transformers"
         raise InputError(Problem("a proof needs transformers, which is not installed", None, hint)) from fault
     return transformers
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """transformers says nothing and draws no bars. InputError where it is not installed."""
-    logging = _transformers().utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _first(fault: Exception) -> str:

@@ -30,7 +30,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine: models in the user's home and on a disk, work in a folder of the home. Returns the folder of work."""
     home, disk = tmp_path / "jane-doe", tmp_path / "scratch-disk"
     places = [home / "acme-takeover" / "base", home / "acme-takeover" / "math", disk / "acme-takeover" / "math"]
-    for seed, place in enumerate([*places, home / "work" / "near"]):
+    for seed, place in enumerate([*places, home / "merges" / "near"]):
         place.mkdir(parents=True)
         generator = torch.Generator().manual_seed(seed)
         tensors = {f"{name}.weight": torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
@@ -42,7 +42,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (place / "tokenizer_config.json").write_text(json.dumps(notes))
     write_adapter(disk / "acme-takeover" / "lora", factors(SHAPES), base_model_name_or_path=str(places[0]))
     monkeypatch.setenv("HOME", str(home))
-    return home / "work"
+    return home / "merges"
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def recipes(root: Path) -> dict[str, str]:
         "named": f"{named}steps: {{m: {{{DARE.format(base='base', one='one', two='two')}}}}}\nsave: {{to: out}}\n",
         "in place": (
             f"version: 1\nsteps: {{m: {{{DARE.format(base='../acme-takeover/base', one=math, two=far)}}}}}\n"
-            f"save: {{to: {root}/jane-doe/work/out}}\n"
+            f"save: {{to: {root}/jane-doe/merges/out}}\n"
         ),
         "adapter": (
             f"version: 1\nmodels: {{m: {{path: {math}, adapter: {lora}}}, base: {math}}}\n"
