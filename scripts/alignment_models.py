@@ -86,7 +86,8 @@ class Net:
         stated = getattr(module, "config", None)
         if stated is not None:
             return dict(stated.to_dict())
-        return {"model_type": f"digits_{self.kind}", "num_hidden_layers": self.layers}
+        sizes = {"num_hidden_layers": self.layers, "hidden_size": self.width}
+        return {"model_type": f"digits_{self.kind}", **sizes}
 
 
 class Mlp(nn.Module):

@@ -34,7 +34,8 @@ EXAMPLES = 256  # training images behind the statistics of `fisher` and `regmean
 MAGNITUDE = "magnitude_masks"  # the multi-task vector where the task's own changes are largest, of all tensors together
 PER_TASK = ("tall_masks", MAGNITUDE, "emr")  # they give a model for each task
 PARTS = ("add", "elect", "keep_shared", "stack")  # they take any number of models, but are no merge of their own
-ALONE = ("merge_many",)  # for networks that were trained apart: docs/alignment.md
+# For networks that were trained apart (docs/alignment.md), and for language models.
+ALONE = ("merge_many", "moe")
 STATISTICS = {"fisher": "fisher", "regmean": "gram"}  # the setting that names a model's statistics
 IN_TURN = "regmean++"  # `regmean` whose statistics are gathered layer by layer behind the layers merged already
 

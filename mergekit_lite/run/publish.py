@@ -55,7 +55,7 @@ def take_back(plan: Plan) -> None:
     for output in plan.outputs:
         folder, to = partial(output.to), Path(output.to)
         try:
-            if _text(to / MOVING) == plan.digest:
+            if _is_moving(to, plan.digest):
                 _move_back(folder, to)
             elif not any(_files(folder)) and f"\n  plan: {plan.digest}\n" in _text(to / LOCK):
                 (to / MOVING).write_text(plan.digest, encoding="ascii")
@@ -113,6 +113,14 @@ def _move(folder: Path, to: Path, plan: str) -> None:
         (folder / JOURNAL).unlink(missing_ok=True)
         for inner in (*_below(folder), folder):
             inner.rmdir()
+
+
+def _is_moving(to: Path, plan: str) -> bool:
+    """Whether `to` is filled by a run of this plan, or has just been made to be: the digest may not be whole then."""
+    if not os.path.lexists(to / MOVING):
+        return False
+    told = _text(to / MOVING)
+    return told == plan or (plan.startswith(told) and os.listdir(to) == [MOVING])
 
 
 def _move_back(folder: Path, to: Path) -> None:

@@ -239,9 +239,10 @@ def test_the_graph_of_a_decoder_tells_what_its_family_file_does() -> None:
     """Two ways to the same spaces: heads, hidden units and the residual stream of a Llama, tensor by tensor."""
     pytest.importorskip("transformers")
     from mergekit_lite.family.axes import spaces_of
-    from mergekit_lite.report.tiny import quiet, tiny_model
+    from mergekit_lite.report.quiet import quiet
+    from mergekit_lite.report.tiny import tiny_model, transformers
 
-    with quiet():
+    with quiet(transformers()):
         tiny = tiny_model({"model_type": "llama", "num_key_value_heads": 32}, parameters=0)
     model = Of(lambda m, ids: m.llama(input_ids=ids, use_cache=False).logits, llama=tiny.model)
     found = {space.kind: uses(space) for space in trace_spaces(model, tiny.inputs["input_ids"])}
