@@ -19,6 +19,7 @@ STATISTIC = 3 << 21  # bytes that a statistic gathers at most: keys near a thres
 # `MAPPED` bytes on, it gives back.
 KEPT, MAPPED = 1.5, 1 << 25
 PIECES = 1 << 25  # bytes of the pieces of experts whose products tell how alike these are
+EXPERTS = 1.1  # as KEPT, of all that matching two experts takes
 SEARCH = 1.75  # the same for the search of an order of units, which holds tensors of many sizes in turn
 KERNEL = 4  # blocks: a stored one, and the temporaries of one kernel
 # The same of methods that take more: blocks of the compute dtype, and further ones for each input.
@@ -209,7 +210,9 @@ def _experts(alignment: Alignment, size: int) -> Need:
         return pieces
     pair = math.ceil(SEARCH * pair_bytes(worst, size))
     # What the pieces took stays with the allocator.
-    return Need(pair + pieces.nbytes, f"`{alignment.name}` needs two experts of `{worst.router}` at once")
+    return Need(
+        math.ceil(EXPERTS * (pair + pieces.nbytes)), f"`{alignment.name}` needs two experts of `{worst.router}` at once"
+    )
 
 
 def block_bytes(nodes: Sequence[Node], block: int, size: int) -> int:
