@@ -20,6 +20,7 @@ Path = NDArray[np.int64]
 
 ALL_ORDERS = 9  # up to here every order is tried
 NEAR = 32  # candidates for a new edge of each point
+ALL_NEAR = 64  # up to so many points all others are candidates, so that no move that gains is overlooked
 SEGMENT = 3  # points that Or-opt moves together at most
 
 
@@ -74,7 +75,7 @@ def _of_all(distances: Distances) -> Path:
 def _near(distances: Distances) -> Path:
     """For each point the nearest others, and the point that closes the tour."""
     count = len(distances)
-    width = min(NEAR, count - 1)
+    width = count - 1 if count <= ALL_NEAR else NEAR
     found = np.full((count, width + 1), count, dtype=np.int64)
     for point in range(count):
         row = distances[point].copy()
@@ -107,24 +108,31 @@ class _Tour:
 
     def improved(self, check: Callable[[], None]) -> Path:
         """The open path, once no point has a move that shortens it. Points whose neighbours changed are looked at
-        again."""
+        again at once, and all of them until none has moved: a stretch that was turned round gives moves to points that
+        kept their neighbours."""
+        while self._swept(check):
+            pass
+        cut = int(self._place[-1])
+        return np.concatenate((self._tour[cut + 1 :], self._tour[:cut]))
+
+    def _swept(self, check: Callable[[], None]) -> bool:
+        """Looks at every point, and at those that a move touches again; whether there was a move."""
         waiting = deque(int(point) for point in self._tour if point != self._n - 1)
         queued = np.ones(self._n, dtype=bool)
         queued[-1] = False
-        turn = 0
+        turn, moved = 0, False
         while waiting:
             if turn % 1024 == 0:
                 check()
             turn += 1
             point = waiting.popleft()
             queued[point] = False
-            touched = self._move(point)
-            for other in touched:
+            for other in self._move(point):
+                moved = True
                 if not queued[other] and other != self._n - 1:
                     queued[other] = True
                     waiting.append(other)
-        cut = int(self._place[-1])
-        return np.concatenate((self._tour[cut + 1 :], self._tour[:cut]))
+        return moved
 
     def _at(self, place: Path) -> Path:
         return self._tour.take(place, mode="wrap")

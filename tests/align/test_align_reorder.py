@@ -12,13 +12,13 @@ import pytest
 import torch
 from align_nets import Net, Reads, mlp
 from digits_nets import digits, logits, one_thread, train
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from mergekit_lite.align.apply import fault
 from mergekit_lite.align.distances import Metric, UnitDistances
-from mergekit_lite.align.path import NEAR, path_length, shortest_path
+from mergekit_lite.align.path import path_length, shortest_path
 from mergekit_lite.align.reorder import reorder
 from mergekit_lite.errors import InputError
 from mergekit_lite.family.spaces import Space, Use
@@ -60,8 +60,8 @@ def test_small_spaces_are_solved_exactly_and_twins_stay_in_order(points: np.ndar
             assert found.tolist().index(a) < found.tolist().index(b)
 
 
-# Up to here every other point is a candidate for a new edge; beyond, a move to one that is none may gain.
-@given(st.integers(10, NEAR + 1), st.integers(0, 1000))
+@given(st.integers(10, 40), st.integers(0, 1000))
+@example(40, 1)
 @settings(max_examples=30, deadline=None)
 def test_larger_ones_end_where_no_reversal_and_no_single_point_gains(count: int, seed: int) -> None:
     points = np.random.default_rng(seed).standard_normal((count, 4))
