@@ -3,8 +3,9 @@
     recipe text ─▶ Recipe ─▶ Plan (DAG over headers) ─▶ run: stream blocks ─▶ shards on disk
       recipe/       recipe/      plan/  ◀ checkpoint/       run/  ◀ methods/      checkpoint/
 
-The public API is small: `load_recipe`, `plan`, `run`, `merge_in_memory`, `collect` for the statistics of a network, and
-the errors they raise (`MergeError` and its kinds). Start reading at merge.py.
+The public API is small: `load_recipe`, `plan`, `run`, `merge_in_memory`, `search` for merges that are chosen by a
+score, `collect` for the statistics of a network, and the errors they raise (`MergeError` and its kinds). Start reading
+at merge.py.
 """
 
 # The folders `plan` and `run` are loaded first: a folder that is loaded later would take the place of the function.
@@ -21,7 +22,7 @@ from mergekit_lite.errors import (
     StoppedError,
     UsageError,
 )
-from mergekit_lite.merge import Result, load_recipe, merge_in_memory, plan, run
+from mergekit_lite.merge import Result, load_recipe, merge_in_memory, plan, run, search
 
 del mergekit_lite  # the name that the imports of the folders leave behind
 
@@ -41,4 +42,5 @@ __all__ = [
     "merge_in_memory",
     "plan",
     "run",
+    "search",
 ]

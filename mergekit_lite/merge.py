@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,7 @@ from mergekit_lite import sandbox
 from mergekit_lite.checkpoint.adapter import open_adapter, with_adapter
 from mergekit_lite.checkpoint.find import open_checkpoint
 from mergekit_lite.checkpoint.meta import Checkpoint
-from mergekit_lite.errors import MergeError, Problem, RecipeError
+from mergekit_lite.errors import Mark, MergeError, Problem, RecipeError, UsageError
 from mergekit_lite.recipe.model import Recipe
 from mergekit_lite.recipe.read import parse, read_file
 from mergekit_lite.run.result import Result as Result
@@ -24,12 +25,16 @@ from mergekit_lite.run.result import Result as Result
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergekit_lite.evaluate.search import Found
+    from mergekit_lite.evaluate.study import Trial
+    from mergekit_lite.evaluate.template import Template
     from mergekit_lite.plan.model import Plan
     from mergekit_lite.run.progress import Progress
     from mergekit_lite.run.ranks import Ranks
 
 
 Fetch = Literal["cache", "stream"]
+ScoreFunction = Callable[[dict[str, "Tensor"]], float]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -223,6 +228,94 @@ def _card(folder: Path, lock: str, number: int) -> str:
     recipe, _ = parse(lock, "recipe.lock.yaml")
     assert recipe is not None
     return render(folder, recipe, number)
+
+
+def search(
+    recipe: str | Path | Template,
+    *,
+    out: str | Path | None = None,
+    score: ScoreFunction | Mapping[str, ScoreFunction] | None = None,
+    goal: str | Mapping[str, str] = "max",
+    models: Mapping[str, Mapping[str, Tensor]] | None = None,
+    config: Mapping[str, Any] | None = None,
+    trials: int = 50,
+    jobs: int = 1,
+    sampler: str | None = None,
+    threads: int | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
+    told: Callable[[Trial], None] = lambda trial: None,
+) -> Found:
+    """Fill the holes of a recipe by scores, those of its commands or `score`, a function of the merged state dict, or
+    several by name, for which `goal` is `max` or `min`.
+
+    With functions nothing is written: each trial overwrites the tensors of the one before. `models` are state dicts by
+    the names that the recipe gives them, None: the recipe's own checkpoints; `config` is as in `merge_in_memory`. The
+    folder `out` keeps the study, and the same call goes on with it until it has so many `trials`; commands need one.
+    `jobs` commands are at work at a time; `told` hears of every trial that ended, from any thread.
+
+    Raises RecipeError where no score is stated, UsageError where the folder holds another study or Optuna is not
+    installed, InputError where a model cannot be read, StoppedError where every trial fails, InterruptedRun on Ctrl-C.
+    """
+    from mergekit_lite.evaluate.judge import MemoryJudge, command_judge
+    from mergekit_lite.evaluate.search import check, stated
+    from mergekit_lite.evaluate.search import search as go
+    from mergekit_lite.evaluate.template import Template
+    from mergekit_lite.run.progress import Options
+
+    functions = None if score is None else score if isinstance(score, Mapping) else {"score": score}
+    template = recipe if isinstance(recipe, Template) else Template(recipe, (), stated(functions, goal))
+    check(template, sampler, functions is None)
+    folder = Path(out) if out is not None else None
+    make = planner(offline=offline, allow_pickle=allow_pickle, threads=threads, models=models, config=config)
+    make(template.first, Path("trial"))  # so that its faults come before the first trial
+    options = Options(threads or default_threads())
+    if functions is not None:
+        return go(template, MemoryJudge(make, options, models, functions), folder, trials, 1, sampler, told)
+    if folder is None:
+        raise UsageError("a search by commands needs a folder", hint="give `out`")
+    with command_judge(make, options, folder, jobs) as judge:
+        return go(template, judge, folder, trials, jobs, sampler, told)
+
+
+def planner(
+    *,
+    offline: bool = False,
+    allow_pickle: bool = False,
+    threads: int | None = None,
+    models: Mapping[str, Mapping[str, Tensor]] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Callable[[Recipe, Path], Plan]:
+    """What plans recipes over the same models, one after the other: their headers are read once. With `models`, state
+    dicts by name, nothing is read. Plans are for trials: nobody keeps their output, whose shards do not name the
+    recipe. It raises what `plan` raises."""
+    from mergekit_lite.plan.build import build_plan, used_models
+    from mergekit_lite.plan.order import BLOCK
+    from mergekit_lite.run.inputs import with_beside
+
+    known: dict[object, Checkpoint] = {}
+
+    def opened(recipe: Recipe, name: str) -> Checkpoint:
+        model = replace(recipe.models[name], mark=Mark("", 1, 1, "", 1))
+        if model not in known:
+            if models is not None:
+                from mergekit_lite.checkpoint.memory import memory_checkpoint
+
+                known[model] = memory_checkpoint(name, models[name], config or {})
+            else:
+                known[model] = with_beside(open_models(recipe, [name], offline, allow_pickle)[name])
+        return known[model]
+
+    def make(recipe: Recipe, folder: Path) -> Plan:
+        save = replace(recipe.saves[0], push=None)
+        recipe = replace(recipe, saves=(save,))
+        checkpoints = {name: opened(recipe, name) for name in used_models(recipe)}
+        count = threads or default_threads()
+        return build_plan(
+            recipe, checkpoints, out=folder, threads=count, block=BLOCK, check_output=False, header="a trial"
+        )
+
+    return make
 
 
 def merge_in_memory(

@@ -33,12 +33,13 @@ from mergekit_lite.cli.plan import PlanCommand, plan
 from mergekit_lite.cli.processor import choose_sorts, spare_threads
 from mergekit_lite.cli.push import push
 from mergekit_lite.cli.run import run
+from mergekit_lite.cli.search import search
 from mergekit_lite.cli.stats import stats
 from mergekit_lite.cli.verify import verify
 from mergekit_lite.errors import InterruptedRun, MergeError, Problem, StoppedError, UsageError, did_you_mean
 from mergekit_lite.limits import refusal
 
-COMMANDS = (run, plan, convert, methods, inspect, diff, path, stats, doctor, verify, push)
+COMMANDS = (run, plan, convert, methods, inspect, diff, path, search, stats, doctor, verify, push)
 # The root of what a bad command line raises. Typer brings its own copy of Click since 0.26, and no public name for it.
 BAD_COMMAND_LINE: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 

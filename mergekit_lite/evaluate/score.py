@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import shlex
+import signal
 import subprocess
-from collections.abc import Mapping
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mergekit_lite.errors import StoppedError, UsageError
 
 PLACE = "{model}"
+FILES = "{out}"
 LAST_LINES = 5  # of what a failed command said
+LOOK = 0.05  # seconds between two looks at a command that is at work
+MOST = 1 << 24  # bytes that are read of what a command printed or wrote
+
+
+class ScoreFailed(StoppedError):
+    """A score command failed, took too long or gave no number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
     """`command` as one would type it, with `{model}` where the folder goes; it is not run by a shell. `metric` is the
     dotted path of the number in the JSON that it prints, `*` standing for the only entry of an object; None where it
-    prints a number alone. `timeout` in seconds."""
+    prints a number alone. With `{out}` in the command, which stands for a folder of its own, the newest JSON file that
+    it writes there is read in place of what it prints: the results of lm-evaluation-harness, in which `task.metric`
+    names a number as its tables do. `timeout` in seconds."""
 
     command: str
     metric: str | None = None
@@ -31,22 +45,51 @@ class Score:
         if not any(PLACE in part for part in self._parts()):
             raise UsageError(f"the score command `{self.command}` has no `{PLACE}`", hint=f"python score.py {PLACE}")
 
-    def of(self, folder: Path) -> float:
-        """The score of a checkpoint. Raises StoppedError, with the end of what the command said, where it fails, takes
-        too long or prints no such number."""
-        command = [part.replace(PLACE, str(folder)) for part in self._parts()]
+    def of(self, folder: Path, log: Path | None = None, check: Callable[[], None] = lambda: None) -> float:
+        """The score of a checkpoint. All that the command says is kept in the files `log`.out and `log`.err. `check` is
+        called now and then, and stops the command by what it raises. Raises ScoreFailed, with the
+        end of what the command said, where it fails, takes too long or gives no such number."""
+        with contextlib.ExitStack() as stack:
+            files = None
+            if any(FILES in part for part in self._parts()):
+                files = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-score-")))
+            told = {PLACE: str(folder), FILES: str(files)}
+            command = self._parts()
+            for place, text in told.items():
+                command = [part.replace(place, text) for part in command]
+            printed = stack.enter_context(_output(log, ".out"))
+            said = stack.enter_context(_output(log, ".err"))
+            code = self._run(command, printed, said, check)
+            output = _text(printed)
+            if code:
+                lines = (_text(said) or output).strip().splitlines()[-LAST_LINES:]
+                hint = f"run it by hand: `{shlex.join(command)}`" + (
+                    f"; all that it said is in `{log}.*`" if log else ""
+                )
+                message = f"the score command failed with exit code {code}: {' | '.join(lines) or 'it says nothing'}"
+                raise ScoreFailed(message, hint=hint)
+            return self._number(output, "printed") if files is None else self._number(_newest(files), "wrote")
+
+    def _run(self, command: list[str], printed: IO[bytes], said: IO[bytes], check: Callable[[], None]) -> int:
+        """The exit code of a command. What it starts ends with it: after a time-out, and on Ctrl-C."""
         try:
-            ran = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=self.timeout)
-        except subprocess.TimeoutExpired:
-            raise StoppedError(f"the score command took more than {self.timeout:g} s", hint="raise the limit") from None
+            child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=printed, stderr=said, start_new_session=True
+            )
         except OSError as error:
-            raise StoppedError(f"cannot start `{command[0]}`: {error.strerror}", hint="check the command") from None
-        if ran.returncode:
-            said = " | ".join((ran.stderr or ran.stdout).strip().splitlines()[-LAST_LINES:])
-            hint = f"run it by hand: `{shlex.join(command)}`"
-            message = f"the score command failed with exit code {ran.returncode}: {said or 'it says nothing'}"
-            raise StoppedError(message, hint=hint)
-        return self._number(ran.stdout)
+            raise ScoreFailed(f"cannot start `{command[0]}`: {error.strerror}", hint="check the command") from None
+        began = time.monotonic()
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return child.wait(LOOK)
+                check()
+                if self.timeout is not None and time.monotonic() - began > self.timeout:
+                    raise ScoreFailed(f"the score command took more than {self.timeout:g} s", hint="raise the limit")
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
 
     def _parts(self) -> list[str]:
         try:
@@ -54,8 +97,8 @@ class Score:
         except ValueError as error:
             raise UsageError(f"the score command `{self.command}` cannot be read: {error}") from None
 
-    def _number(self, printed: str) -> float:
-        """The number in what the command printed: the last line that is JSON, or all of it."""
+    def _number(self, printed: str, how: str) -> float:
+        """The number in what the command printed or wrote: the last line that is JSON, or all of it."""
         found: Any = None
         for text in [printed, *reversed(printed.strip().splitlines())]:
             try:
@@ -63,16 +106,61 @@ class Score:
                 break
             except ValueError:
                 continue
-        value = found
-        for part in self.metric.split(".") if self.metric else ():
-            if not isinstance(value, Mapping):
-                value = None
-            elif part == "*" and len(value) == 1:
-                value = next(iter(value.values()))
-            else:
-                value = value.get(part)
+        value = _at(found, self.metric.split(".") if self.metric else [])
+        if value is None and self.metric and isinstance(found, Mapping):
+            value = _in_results(found.get("results"), self.metric)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             what = f"no number `{self.metric}`" if self.metric else "no number"
-            hint = "let it print JSON and name the number with `--metric a.b`" if isinstance(found, Mapping) else None
-            raise StoppedError(f"the score command printed {what}: {printed.strip()[-200:]!r}", hint=hint)
+            hint = (
+                "name the number in its JSON with `--metric a.b`, in a recipe with `metric: a.b`"
+                if isinstance(found, Mapping)
+                else None
+            )
+            raise ScoreFailed(f"the score command {how} {what}: {printed.strip()[-200:]!r}", hint=hint)
         return float(value)
+
+
+def _at(found: Any, parts: list[str]) -> Any:
+    for part in parts:
+        if not isinstance(found, Mapping):
+            return None
+        found = next(iter(found.values())) if part == "*" and len(found) == 1 else found.get(part)
+    return found
+
+
+def _in_results(results: Any, metric: str) -> Any:
+    """The number `task.metric` in the results of lm-evaluation-harness, whose keys are `metric,filter`; None where
+    there is none, or several filters gave one."""
+    task, _, name = metric.rpartition(".")
+    entry = results.get(task) if isinstance(results, Mapping) else None
+    if not isinstance(entry, Mapping):
+        return None
+    found = [value for key, value in entry.items() if key == name or key.partition(",")[0] == name]
+    return found[0] if len(found) == 1 else None
+
+
+@contextlib.contextmanager
+def _output(log: Path | None, ending: str) -> Iterator[IO[bytes]]:
+    """A file for what a command writes: a part of the log, or one without a name. Not a pipe: what a command leaves
+    behind could hold that open."""
+    if log is None:
+        with tempfile.TemporaryFile() as file:
+            yield file
+    else:
+        with open(f"{log}{ending}", "w+b") as file:
+            yield file
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0, os.SEEK_END)
+    file.seek(max(0, file.tell() - MOST))
+    return file.read().decode("utf-8", errors="replace")
+
+
+def _newest(folder: Path) -> str:
+    """The newest JSON file below a folder; empty where there is none."""
+    found = [path for path in folder.rglob("*.json") if path.is_file()]
+    if not found:
+        return ""
+    with max(found, key=lambda path: path.stat().st_mtime_ns).open("rb") as file:
+        return _text(file)

@@ -45,19 +45,20 @@ def build_plan(
     check_output: bool = True,
     ranks: Mapping[int, Ranks] | None = None,
     measure: int | None = None,
+    header: str | None = None,
 ) -> Plan:
     """The plan of `recipe` over `checkpoints` (by model name, all that the recipe's steps and saves mention).
 
     `out` replaces the output folder of the only save. `threads` and `block` (elements) change the memory at the peak,
     never the result. `ranks` gives, by the number of the save, those of the changes in adapters that are saved with
-    `energy`; with `measure` the plan is to find those of this save, and nothing else. Raises RecipeError with every
-    fault that was found.
+    `energy`; with `measure` the plan is to find those of this save, and nothing else. `header` stands in the shards'
+    headers in place of the recipe. Raises RecipeError with every fault that was found.
     """
     problems = check_steps(recipe, all_methods())
     if problems:
         raise RecipeError(problems)
     with no_collection():
-        return _build(recipe, checkpoints, out, threads, block, check_output, ranks or {}, measure)
+        return _build(recipe, checkpoints, out, threads, block, check_output, ranks or {}, measure, header)
 
 
 @contextlib.contextmanager
@@ -86,6 +87,7 @@ def _build(
     check_output: bool,
     ranks: Mapping[int, Ranks],
     measure: int | None,
+    header: str | None,
 ) -> Plan:
     methods = all_methods()
     problems: list[Problem] = []
@@ -123,7 +125,7 @@ def _build(
             views.append(_view(step, found))
             warnings += [*_remarks(step, methods[step.use]), *idle_globs(step, found), *without_row(step, found)]
     warnings += builder.remarks
-    adapters = Adapters(builder, recipe, tables, checkpoints, ranks, measure, problems, warnings)
+    adapters = Adapters(builder, recipe, tables, checkpoints, ranks, measure, problems, warnings, header)
     outputs = make_outputs(recipe, tables, checkpoints, out, check_output, vocabulary, problems, adapters)
     if problems:
         raise RecipeError(problems)

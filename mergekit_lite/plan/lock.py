@@ -45,7 +45,7 @@ def lock_text(
     recipe = plan.recipe
     # Without `push`: whoever runs a lock to see whether the bytes are the same wants to publish nothing.
     saves = tuple(replace(save, push=None) for save in recipe.saves)
-    head = to_yaml(replace(pinned(recipe, plan.checkpoints), saves=saves))
+    head = to_yaml(replace(pinned(recipe, plan.checkpoints), saves=saves, scores=()))
     lock: dict[str, Any] = {
         "made_with": made_with(recipe),
         "plan": plan.digest,

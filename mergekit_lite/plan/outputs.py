@@ -58,7 +58,9 @@ def make_outputs(
         # Folders and repository stay out of the shards: the same merge gives the same bytes wherever it is put and
         # wherever its inputs lie. Commits go in: a lock, which names them, gives the same bytes again.
         saved = replace(save, step=Ref(step, save.mark), to=None, push=None)
-        text = dump(in_header(replace(pinned(recipe, checkpoints), saves=(saved,))))
+        text = adapters.header
+        if text is None:
+            text = dump(in_header(replace(pinned(recipe, checkpoints), saves=(saved,))))
         faults = list(output_faults(step, table, save)) if table.nodes else []
         if faults:
             problems += faults
@@ -106,6 +108,7 @@ class Adapters:
     measure: int | None
     problems: list[Problem]
     warnings: list[Problem]
+    header: str | None = None  # in place of the recipe in the shards' headers
 
     def output(self, to: str, number: int, save: Save, step: str, table: Table, text: str) -> list[Output]:
         """The output, in a list; none where something is at fault."""

@@ -153,10 +153,25 @@ class Save:
 
 
 @dataclass(frozen=True, slots=True)
+class Scoring:
+    """How good a merge is: `command` is given its folder and prints a number, or JSON that holds it at `metric`. `goal`
+    is `max` or `min`, `timeout` in seconds. `screen` is a cheaper score that a search looks at first."""
+
+    name: str
+    command: str
+    metric: str | None
+    goal: str
+    timeout: float | None
+    mark: Mark
+    screen: Scoring | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """A whole recipe. Mappings keep the order of the text; `text` is the source, kept beside the output. `compute` is
     the dtype of the arithmetic. `overrides` are the settings that the command line changed (`--set`). `lock` is what an
-    earlier run noted of its inputs and outputs, where the recipe is a lock file."""
+    earlier run noted of its inputs and outputs, where the recipe is a lock file. `scores` say how good its result is;
+    they change nothing of it."""
 
     models: Mapping[str, Model]
     steps: Mapping[str, Step]
@@ -169,3 +184,4 @@ class Recipe:
     overrides: tuple[str, ...] = ()
     lock: Mapping[str, Any] | None = None
     notes: tuple[Problem, ...] = ()
+    scores: tuple[Scoring, ...] = ()

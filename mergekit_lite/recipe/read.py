@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mergekit_lite.errors import InputError, Mark, Problem, RecipeError, did_you_mean, suggest
 from mergekit_lite.recipe import override
+from mergekit_lite.recipe.holes import Hole, find_holes, unfilled
 from mergekit_lite.recipe.links import cycles, ends_of, final_step, mentions, no_single_end, unused_steps
 from mergekit_lite.recipe.location import NAME, split_location
 from mergekit_lite.recipe.lock import read_lock
@@ -23,13 +24,14 @@ from mergekit_lite.recipe.mergekit import is_mergekit, read_mergekit
 from mergekit_lite.recipe.model import Model, Recipe, Ref, Step
 from mergekit_lite.recipe.node import MapNode, Node, ScalarNode, describe
 from mergekit_lite.recipe.save import read_saves
+from mergekit_lite.recipe.score import read_scores
 from mergekit_lite.recipe.source import MAX_BYTES, load_all
 from mergekit_lite.recipe.step import StepReader
 from mergekit_lite.redact import redact, secret
 
 __all__ = ["NAME", "final_step", "parse", "read_file", "split_location", "unused_steps"]
 
-TOP_KEYS = ("version", "seed", "compute", "models", "steps", "save", "lock")
+TOP_KEYS = ("version", "seed", "compute", "models", "steps", "save", "score", "lock")
 COMPUTE = ("float32", "float64")
 MODEL_KEYS = ("path", "adapter")
 
@@ -75,6 +77,8 @@ def parse(text: str, file: str, overrides: Sequence[str] = ()) -> tuple[Recipe |
         return None, problems
     if is_mergekit(documents[0]):
         documents = override.apply_each(documents, overrides, problems)
+        if _open(documents, problems):
+            return None, problems
         recipe = read_mergekit(documents, text, file, tuple(overrides), problems)
         problems.sort(key=_place)
         return recipe, problems
@@ -84,12 +88,31 @@ def parse(text: str, file: str, overrides: Sequence[str] = ()) -> tuple[Recipe |
         problems.append(Problem(f"a recipe is a mapping at its top, not {describe(root)}", root.mark, hint))
         return None, problems
     root = override.apply(root, overrides, problems)
+    if _open([root], problems):
+        return None, problems
     if not any(key in TOP_KEYS for key in root.entries):
         problems.append(_foreign(root))
         return None, problems
     recipe = _Reader(problems).read(root, text, file, tuple(overrides))
     problems.sort(key=_place)
     return recipe, problems
+
+
+def holes_of(text: str, file: str) -> tuple[list[Hole], list[Problem]]:
+    """The holes of the recipe that `text` writes, and what is wrong with them or with the YAML."""
+    problems: list[Problem] = []
+    documents = load_all(text, file, problems, is_mergekit)
+    holes = find_holes(documents[0], problems) if len(documents) == 1 else []
+    return holes, problems
+
+
+def _open(documents: Sequence[Node], problems: list[Problem]) -> bool:
+    """Whether a recipe has holes left, which go to `problems`: nothing can be said of the rest."""
+    before = len(problems)
+    for document in documents:
+        problems += unfilled(find_holes(document, problems))
+    problems.sort(key=_place)
+    return len(problems) > before
 
 
 class _Reader:
@@ -128,11 +151,12 @@ class _Reader:
                 steps[name] = step
         steps_sound = len(self.problems) == sound
         saves = tuple(read_saves(root.get("save"), root.mark, self.ref, self.problems))
+        scores = read_scores(root.get("score"), self.problems)
         self.missing()
         unnamed = next((save.mark for save in saves if save.step is None), None)
         if not self.cycles(uses) and steps_sound and unnamed is not None:
             self.end(uses, steps, unnamed)
-        return Recipe(self.models, steps, saves, seed, file, text, 1, compute, overrides, lock)
+        return Recipe(self.models, steps, saves, seed, file, text, 1, compute, overrides, lock, scores=scores)
 
     def add(self, message: str, mark: Mark, hint: str | None) -> None:
         self.problems.append(Problem(message, mark, hint))

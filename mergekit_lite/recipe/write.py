@@ -16,6 +16,7 @@ from mergekit_lite.recipe.model import AsLora, AsMasks, Input, Model, Recipe, Re
 from mergekit_lite.recipe.node import FLOAT, INTEGER, WORD
 from mergekit_lite.recipe.read import split_location
 from mergekit_lite.recipe.save import DEFAULT_SHARD, UNITS
+from mergekit_lite.recipe.score import written
 from mergekit_lite.recipe.step import MISSING
 from mergekit_lite.recipe.value import Curve, Rule, Scalar, Value
 
@@ -28,7 +29,11 @@ def to_yaml(recipe: Recipe) -> str:
 
     `parse` gives the recipe back, up to marks, text and `--set` notes (what was set is in the recipe).
     """
-    return dump(native(recipe))
+    data = native(recipe)
+    if recipe.scores:
+        scores = [written(score) for score in recipe.scores]
+        data["score"] = scores if len(scores) > 1 else scores[0]
+    return dump(data)
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
@@ -47,7 +52,8 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 
 def native(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as the data that its YAML text writes, defaults left out."""
+    """The recipe as the data that its YAML text writes, defaults left out, and without scores: they say nothing of what
+    is merged."""
     data: dict[str, Any] = {"version": recipe.version}
     if recipe.seed:
         data["seed"] = recipe.seed

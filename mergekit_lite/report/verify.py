@@ -179,7 +179,7 @@ def _overrides(recipe: Recipe) -> list[str]:
 def _unpinned(recipe: Recipe) -> str:
     models = {n: replace(m, revision=None, adapter_revision=None) for n, m in recipe.models.items()}
     saves = tuple(replace(save, push=None) for save in recipe.saves)
-    return to_yaml(replace(recipe, models=models, saves=saves))
+    return to_yaml(replace(recipe, models=models, saves=saves, scores=()))
 
 
 def _index(look: Look, promise: Promise, shards: Mapping[str, Header]) -> Iterator[Fault]:

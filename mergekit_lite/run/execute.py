@@ -158,6 +158,7 @@ class _Run:
             self.options.progress(Progress("align", name, step, done, among, 0, among, 0, 0, self.source.bytes))
 
         def found(pool: str, stats: Sequence[Any]) -> None:
+            self.options.found(pool, stats)
             if self.journal is not None:
                 self.journal.pool(pool, stats)
 

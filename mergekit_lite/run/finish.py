@@ -108,8 +108,7 @@ def complete(
     beside: Beside = {}
     for output in plan.outputs:
         try:
-            mapped = _with_map(plan, output, solved)
-            names = [*_extras(plan, mapped, keep_auto_map), *_permutations(plan, output, solved)]
+            names = put_beside(plan, output, solved, keep_auto_map)
             paths = {name: partial(output.to) / name for name in names}
             digests = file_digests(paths.values(), 1)
             beside[output.to] = {name: (path.stat().st_size, digests[str(path)]) for name, path in paths.items()}
@@ -128,6 +127,13 @@ def complete(
             raise StoppedError(message, hint=hint_for(fault)) from fault
     for output in reversed(plan.outputs):
         publish(partial(output.to), Path(output.to), plan.digest, output is plan.outputs[0])
+
+
+def put_beside(plan: Plan, output: Output, solved: Mapping[str, Solved], keep_auto_map: bool = False) -> list[str]:
+    """Put configuration, tokenizer, index, recipe and permutations into the partial folder of an output; their
+    names."""
+    mapped = _with_map(plan, output, solved)
+    return [*_extras(plan, mapped, keep_auto_map), *_permutations(plan, output, solved)]
 
 
 def notes_on(plan: Plan, keep_auto_map: bool) -> tuple[Problem, ...]:

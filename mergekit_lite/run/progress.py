@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ class Options:
     progress: Callable[[Progress], None] = field(default=lambda progress: None)
     check: Callable[[], None] = field(default=lambda: None)  # called between blocks; raises to stop the run
     abort: Callable[[], None] = field(default=lambda: None)  # called when the run stops early: nobody is to wait then
+    found: Callable[[str, Sequence[Any]], None] = field(default=lambda name, stats: None)  # called with new statistics
 
 
 @dataclass

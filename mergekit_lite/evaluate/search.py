@@ -1,0 +1,161 @@
+"""A search from its template to the best recipe: which driver fills the holes, and what is left in the study's
+folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mergekit_lite.errors import Mark, Problem, RecipeError, StoppedError, UsageError
+from mergekit_lite.evaluate.greedy import greedy_soup
+from mergekit_lite.evaluate.judge import Judging, make_folder
+from mergekit_lite.evaluate.score import PLACE, Score
+from mergekit_lite.evaluate.study import Study, Trial, check_sampler
+from mergekit_lite.evaluate.template import Template
+from mergekit_lite.limits import hint_for
+from mergekit_lite.recipe.holes import Hole, setting
+from mergekit_lite.recipe.model import Recipe, Scoring
+from mergekit_lite.recipe.score import GOALS
+from mergekit_lite.recipe.write import to_yaml
+
+STUDY, BEST, TRIALS, FRONT = "study.db", "best.yaml", "trials.json", "front"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search found: all its trials and the best, several of them only where there are several scores, with their
+    recipes, in which nothing is left to be found."""
+
+    trials: tuple[Trial, ...]
+    best: tuple[Trial, ...]
+    recipes: tuple[Recipe, ...]
+    texts: tuple[str, ...]
+
+
+def check(template: Template, sampler: str | None, by_command: bool) -> None:
+    """Raises RecipeError where nothing says how good a merge is, or a greedy soup is to be found by several scores, and
+    UsageError where a command names no model or the sampler does not fit."""
+    if not template.scores:
+        hint = '`score: {command: "python score.py {model}", goal: max}` in the recipe, or `--score`'
+        raise RecipeError(Problem(f"`{template.file}` does not say how good a merge is", None, hint))
+    if template.greedy is not None and (len(template.scores) > 1 or template.scores[0].screen is not None):
+        message = "a greedy soup goes by one score, without a `screen`"
+        raise RecipeError(Problem(message, template.scores[-1].mark, "keep one of them"))
+    saves = template.first.saves
+    if len(saves) != 1:
+        raise RecipeError(Problem("a search scores one output", saves[1].mark, "keep one `save`"))
+    for scoring in template.scores if by_command else ():
+        Score(scoring.command)
+    if template.greedy is None:
+        check_sampler(sampler, template.holes, len(template.scores))
+    elif sampler is not None:
+        raise UsageError("a greedy soup is not sampled", hint="leave out `--sampler`")
+
+
+def stated(functions: Collection[str] | None, goal: str | Mapping[str, str]) -> list[Scoring]:
+    """The scores that functions of these names give. Raises UsageError for a goal that is none."""
+    found = []
+    for name in functions or ():
+        wanted = goal if isinstance(goal, str) else goal.get(name, "max")
+        if wanted not in GOALS:
+            raise UsageError(
+                f"`{wanted}` is no goal", hint="`max` where large scores are good, `min` where small ones are"
+            )
+        found.append(Scoring(name, f"a function of {PLACE}", None, wanted, None, Mark("score", 1, 1, name, len(name))))
+    return found
+
+
+def search(
+    template: Template,
+    judge: Judging,
+    folder: Path | None,
+    trials: int,
+    jobs: int,
+    sampler: str | None,
+    told: Callable[[Trial], None],
+) -> Found:
+    """Fill the holes of `template` by what `judge` says. `folder` keeps the study, None: memory. Raises what
+    `Study.run` raises."""
+    if folder is not None:
+        make_folder(folder)
+    if template.greedy is not None:
+        ended = []
+        for trial in _greedy(template, template.greedy, judge):
+            ended.append(trial)
+            told(trial)
+        best = [next(trial for trial in reversed(ended) if trial.why == "kept")]
+    else:
+        seed = template.first.seed
+        path = folder / STUDY if folder is not None else None
+        study = Study(path, template.holes, template.scores, template.identity(), sampler, seed)
+        study.run(judge, template.fill, trials, jobs, told)
+        ended, best = study.trials(), study.best()
+    recipes = tuple(template.fill([setting(path, value) for path, value in trial.values.items()]) for trial in best)
+    texts = tuple(_text(template, trial, recipe) for trial, recipe in zip(best, recipes, strict=True))
+    found = Found(tuple(ended), tuple(best), recipes, texts)
+    if folder is not None:
+        _keep(folder, found)
+    return found
+
+
+def _greedy(template: Template, hole: Hole, judge: Judging) -> Iterator[Trial]:
+    """The merges that a greedy soup tries; `why` tells what became of each."""
+    scoring = template.scores[0]
+    seconds: dict[tuple[int, ...], dict[str, float]] = {}
+
+    def score(members: Sequence[int]) -> float:
+        recipe = template.fill([setting(hole.path, [hole.values[i] for i in members])])
+        with judge.candidate(recipe, "-".join(str(i) for i in members)) as candidate:
+            found = candidate.score(scoring)
+            seconds.setdefault(tuple(members), candidate.seconds)
+        return found
+
+    tries = greedy_soup(len(hole.values), score, larger=scoring.goal == "max", accept=hole.accept)
+    for number, tried in enumerate(tries):
+        values = {hole.path: [hole.values[i] for i in tried.members]}
+        why = "kept" if tried.kept else "alone" if tried.single else "left out"
+        yield Trial(number, "done", values, {scoring.name: tried.score}, seconds.get(tried.members, {}), why)
+
+
+def _text(template: Template, trial: Trial, recipe: Recipe) -> str:
+    """The recipe of a trial as it is kept: what it was found by stands above it."""
+    scores = ", ".join(f"{name} {value:.6g}" for name, value in trial.scores.items())
+    lines = [f"# Found by `merge search {template.file}`: trial {trial.number}, {scores}."]
+    lines += [f"#   {path}: {json.dumps(value)}" for path, value in trial.values.items()]
+    return "\n".join([*(_one_line(line) for line in lines), to_yaml(replace(recipe, scores=()))])
+
+
+def _one_line(text: str) -> str:
+    return "".join(sign if sign.isprintable() else " " for sign in text)
+
+
+def _keep(folder: Path, found: Found) -> None:
+    """Write the best recipes and all trials beside the study. Raises StoppedError where the disk refuses."""
+    try:
+        _replace(folder / TRIALS, json.dumps([asdict(trial) for trial in found.trials], indent=1) + "\n")
+        if len(found.texts) == 1:
+            _replace(folder / BEST, found.texts[0])
+        elif found.texts:
+            (folder / FRONT).mkdir(exist_ok=True)
+            for old in (folder / FRONT).glob("trial-*.yaml"):
+                old.unlink()
+            for trial, text in zip(found.best, found.texts, strict=True):
+                _replace(folder / FRONT / f"trial-{trial.number:04d}.yaml", text)
+    except OSError as fault:
+        raise StoppedError(f"cannot write into `{folder}`: {fault.strerror}", hint=hint_for(fault)) from fault
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that nobody ever sees a part of it."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def as_json(found: Found) -> dict[str, Any]:
+    """The outcome as plain data."""
+    best = [{**asdict(trial), "recipe": text} for trial, text in zip(found.best, found.texts, strict=True)]
+    return {"trials": [asdict(trial) for trial in found.trials], "best": best}
