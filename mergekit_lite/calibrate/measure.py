@@ -77,7 +77,7 @@ class Measurement:
         assert self._folder is not None
         self._shapes = {name: meta.shape for name, meta in self._checkpoint.tensors.items()}
         frame = skeleton(self._checkpoint, location)
-        if "fisher" in settings.kinds or "confidence" in settings.kinds:
+        if {"fisher", "gradient", "confidence"} & {*settings.kinds}:
             check_predicts(frame)
         self._memory(frame, settings.examples or 1, settings.block or BLOCK)  # before the weights are read
         self._loaded = load(self._checkpoint, location, self._device, settings.device_map)
@@ -194,11 +194,13 @@ class Measurement:
         for kind, tensors in found.tensors.items():
             skipped: dict[str, str] = {}
             unused = list(found.unused.get(kind, []))
-            if kind == "fisher":
+            if kind in ("fisher", "gradient"):
                 tensors = renamed(self._loaded.network, tensors, self._shapes)
                 # What the conversion made of another shape than the weights have is not theirs.
                 tensors = {name: value for name, value in tensors.items() if value.shape == self._shapes[name]}
                 unused = [name for name, value in tensors.items() if not value.any()]
+                lacking = [name for name in self._shapes if name not in tensors] if kind == "gradient" else []
+                skipped = dict.fromkeys(lacking, f"no parameter of {type(self._loaded.network).__name__} by that name")
             elif kind in ("router", "activations"):
                 tensors, skipped = self._by_module(tensors)
                 unused = [self._called(name) or name for name in unused]
