@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mergekit_lite.calibrate.examples import LABELS, Batch, forward, labels, paired, predictions
+from mergekit_lite.calibrate.examples import LABELS, Batch, forward, labels, paired, predictions, singly
 from mergekit_lite.calibrate.slopes import Slopes
 from mergekit_lite.errors import InputError
 from mergekit_lite.lazy import Tensor, torch
@@ -25,23 +25,28 @@ class Gradient(Slopes):
         self.predictions = 0
 
     def add(self, batch: Batch) -> None:
-        """Raises InputError where a batch has no labels, or labels that are no classes of the network."""
-        known = labels(batch)
-        if known is None:
+        """Example by example, since a backward pass holds what all of its examples have left in every layer. Raises
+        InputError where a batch has no labels, or labels that are no classes of the network."""
+        if labels(batch) is None:
             raise InputError("the gradient of a loss needs labels", hint=_HINT)
         with self._taken():
-            logits, right = paired(predictions(forward(self._network, batch), self._network), known, self._shift)
-            assert right is not None
-            if not len(right):
-                return
-            right = right.long()
-            classes = logits.shape[-1]
-            if not 0 <= int(right.min()) <= int(right.max()) < classes:
-                wrong = int(right.min()) if int(right.min()) < 0 else int(right.max())
-                raise InputError(f"`{LABELS}` hold {wrong}, the network knows {classes} classes from 0", hint=_HINT)
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            torch.nn.functional.cross_entropy(logits, right, reduction="sum").backward()
-            self.predictions += len(right)
+            for example in singly(batch):
+                self._add(example)
+
+    def _add(self, example: Batch) -> None:
+        logits = predictions(forward(self._network, example), self._network)
+        logits, right = paired(logits, labels(example), self._shift)
+        assert right is not None
+        if not len(right):
+            return
+        right = right.long()
+        classes = logits.shape[-1]
+        wrong = right[(right < 0) | (right >= classes)]
+        if len(wrong):
+            raise InputError(f"`{LABELS}` hold {int(wrong[0])}, the network knows {classes} classes from 0", hint=_HINT)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        torch.nn.functional.cross_entropy(logits, right, reduction="sum").backward()
+        self.predictions += len(right)
 
     def _add_to(self, total: Tensor, slope: Tensor) -> None:
         total.add_(slope)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite.calibrate.collect import Pass, check_kinds
-from mergekit_lite.calibrate.data import BATCH, BLOCK, Data, from_file, from_text
+from mergekit_lite.calibrate.data import BLOCK, Data, from_file, from_text
 from mergekit_lite.calibrate.file import FORMAT, StatisticsFile, check_free, new_folder, write_statistics
 from mergekit_lite.calibrate.fisher import check_labels
 from mergekit_lite.calibrate.layers import Key, find_layers
-from mergekit_lite.calibrate.memory import Need, free_memory, need
+from mergekit_lite.calibrate.memory import Need, free_memory, need, positions
 from mergekit_lite.calibrate.model import check_loadable, check_predicts, load, skeleton
 from mergekit_lite.calibrate.names import Gram, gram_names, renamed, stored_names
 from mergekit_lite.errors import StoppedError, UsageError
@@ -85,7 +85,7 @@ class Measurement:
         network = self._loaded.network
         self._layers = find_layers(network)
         self._names = stored_names(network, self._shapes)
-        most = max(batch["input_ids"].numel() if "input_ids" in batch else BATCH for batch in self.data.batches)
+        most = max(positions(network, batch) for batch in self.data.batches)
         self.need = self._memory(network, self.data.examples, most, loaded=True)
         self._first = self._pass(settings.kinds)  # finds what cannot be gathered of this model
 

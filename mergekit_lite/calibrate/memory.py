@@ -75,6 +75,18 @@ def need(
     return made
 
 
+def positions(network: Any, batch: Mapping[str, Any]) -> int:
+    """How many positions a batch takes in a network's layers: its tokens, or the patches of its images."""
+    ids, pixels = batch.get("input_ids"), batch.get("pixel_values")
+    if ids is not None:
+        return int(ids.numel())
+    examples = len(next(iter(batch.values())))
+    patch = getattr(getattr(network, "config", None), "patch_size", None)
+    if pixels is None or pixels.dim() != 4 or not isinstance(patch, int) or patch < 1:
+        return examples
+    return examples * (1 + int(pixels.shape[2] // patch) * int(pixels.shape[3] // patch))
+
+
 def said(made: Need) -> str:
     """What takes the memory, in words."""
     named = {"weights": made.weights, "squared gradients": made.fisher, "gradients": made.gradient}
