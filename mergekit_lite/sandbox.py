@@ -33,7 +33,7 @@ _SYSTEM = (
     *("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"),
     *("/etc/localtime", "/etc/ld.so.cache", "/etc/os-release", "/etc/mime.types", "/etc/nsswitch.conf"),
 )
-_OWN_PROCESS = ("maps", "smaps", "status", "stat", "statm", "cgroup", "mountinfo", "cmdline")
+_OWN_PROCESS = ("maps", "smaps", "status", "stat", "statm", "cgroup", "mountinfo", "mounts", "cmdline")
 _SOCKETS = ("connect", "bind", "sendto", "sendmsg", "getaddrinfo", "gethostbyname", "gethostbyaddr", "getnameinfo",
             "sethostname")  # fmt: skip
 _PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty",
@@ -114,6 +114,22 @@ def leave() -> None:
     if _current is not None:
         _current = None
         sys.dont_write_bytecode, sys.path[:], tempfile.tempdir = _before
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[None]:
+    """Within the block, temporary files and folders of libraries, which never remove them, lie in a folder of their own
+    in the sandbox, which is removed at the end. Without a sandbox nothing changes."""
+    if _current is None:
+        yield
+        return
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix=".merge-", ignore_cleanup_errors=True) as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
 
 
 _current: Sandbox | None = None

@@ -16,6 +16,7 @@ from mergekit_lite.lazy import Tensor, torch
 if TYPE_CHECKING:
     from torch.nn import Module
 
+Statistics = Mapping[str, Tensor]
 Batch = Any  # a network's input: a tensor, a sequence of arguments or a mapping of keywords
 TINY = 1e-8  # standard deviations below this belong to units that never change
 
@@ -50,7 +51,7 @@ def reset_bn(module: Module, batches: Iterable[Batch]) -> int:
 
 def repair(
     merged: Module,
-    parents: Sequence[Module],
+    parents: Sequence[Module | Statistics],
     alphas: Sequence[float],
     batches: Iterable[Batch],
     *,
@@ -58,7 +59,9 @@ def repair(
 ) -> dict[str, float]:
     """Scales and shifts each channel of the linear and convolutional layers of `merged`, so that on the data its mean
     and its standard deviation are the parents', each weighed with its alpha. That goes into weight and bias; nothing is
-    added to the network. Parents are as they were averaged: permuted into one order.
+    added to the network. Parents are as they were averaged: permuted into one order. In place of a parent stand its
+    statistics on these data, tensors `LAYER.mean` and `LAYER.variance` (channels) as `mergekit_lite.collect` and `merge
+    stats --collect activations` give them: then it need not be in memory.
 
     `layers` names the layers; without it they are all that have a bias (those without feed a normalisation), the head
     too: on small MLPs trained on digits the barrier fell to a fifth with it and to a half without. They are done in the
@@ -74,9 +77,14 @@ def repair(
         raise InputError("activations cannot be measured without data", hint="give at least one batch")
     if len(parents) != len(alphas) or not parents:
         raise InputError(f"{len(parents)} parents and {len(alphas)} alphas", hint="give each parent its share")
-    with _evaluating(merged, *parents):
+    with _evaluating(merged, *(parent for parent in parents if isinstance(parent, torch.nn.Module))):
         order = _chosen(merged, layers, given[0])
-        found = [_statistics(parent, order, given) for parent in parents]
+        weights = dict(merged.named_parameters(remove_duplicate=False))
+        channels = {name: len(weights[f"{name}.weight" if name else "weight"]) for name in order}
+        found = [
+            _statistics(parent, order, given) if isinstance(parent, torch.nn.Module) else _stored(parent, channels)
+            for parent in parents
+        ]
         shares: dict[str, float] = {}
         for name in order:
             wanted = [sum(alpha * one[name][part] for alpha, one in zip(alphas, found, strict=True)) for part in (0, 1)]
@@ -135,6 +143,21 @@ def _statistics(module: Module, names: Sequence[str], batches: Sequence[Batch]) 
         for batch in batches:
             _forward(module, batch)
     return {name: (mean, (spread / counts[name]).sqrt()) for name, (mean, spread) in sums.items()}
+
+
+def _stored(found: Statistics, channels: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The means and standard deviations of these layers out of a file of activations."""
+    hint = "`merge stats --collect activations` of the parent, on the same data"
+    made = {}
+    for name, count in channels.items():
+        mean, variance = (found.get(f"{name}.{kind}") for kind in ("mean", "variance"))
+        if mean is None or variance is None:
+            raise InputError(f"the statistics hold no mean and variance of `{name}`", hint=hint)
+        if tuple(mean.shape) != (count,) or tuple(variance.shape) != (count,):
+            shape = "×".join(map(str, mean.shape))
+            raise InputError(f"`{name}.mean` is {shape}, the layer has {count} channels", hint=hint)
+        made[name] = (mean.double(), variance.double().sqrt())
+    return made
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lite.calibrate.confidence import Confidence
 from mergekit_lite.calibrate.examples import Batch, forward, labels, paired, predictions, size, tokens
 from mergekit_lite.calibrate.fisher import Fisher, check_labels
+from mergekit_lite.calibrate.gradient import Gradient
 from mergekit_lite.calibrate.layers import Key, Layers, find_layers
 from mergekit_lite.calibrate.sums import Grams, Moments, Scores
 from mergekit_lite.calibrate.watch import watched
@@ -19,7 +20,7 @@ from mergekit_lite.lazy import Tensor, torch
 if TYPE_CHECKING:
     from torch.nn import Module
 
-KINDS = ("gram", "fisher", "router", "activations", "hidden", "confidence")
+KINDS = ("gram", "fisher", "gradient", "router", "activations", "hidden", "confidence")
 
 
 @dataclass
@@ -54,15 +55,17 @@ def collect(
     gram         X^T X / n of the inputs of every linear layer, (in, in), under the name of its weight
     fisher       the diagonal Fisher information of every parameter; `labels` is `expected` (over all classes),
                  `sampled` or `auto`
+    gradient     the gradient of the loss, the mean negative log-likelihood of the labels, of every parameter
     router       `NAME.logits_gram` (E, E) float64, `NAME.usage` (E) and `NAME.tokens` int64 of every router of experts
     activations  `NAME.mean` and `NAME.variance` (channels) float64 of every linear or convolutional layer's outputs
     hidden       `hidden_states` (examples, layers, width): the mean over positions of each layer's input, and `mean`
                  over the examples; the network must give hidden states as transformers' models do
     confidence   `confidence`, the mean largest probability, and with labels `temperature`, `accuracy`, `loss`
 
-    A mapping's `labels` are not given to the network. They are what `confidence` compares with, and -100 leaves a
-    position out. `shift`: position t predicts the label of t + 1. Raises InputError without data and where the
-    network gives no predictions or no hidden states, UsageError for an unknown kind.
+    A mapping's `labels` are not given to the network. They are what `confidence` and `gradient` compare with, and
+    -100 leaves a position out. `shift`: position t predicts the label of t + 1. Raises InputError without data, where
+    the network gives no predictions or no hidden states, and where `gradient` lacks labels; UsageError for an unknown
+    kind.
     """
     kinds = check_kinds(what)
     pass_ = Pass(network, find_layers(network), kinds, how=labels, seed=seed, shift=shift)
@@ -105,13 +108,14 @@ class Pass:
         self.scores = {r.module: Scores() for r in layers.routers} if "router" in kinds else None
         self.moments = {n: Moments(a) for n, a in layers.channels.items()} if "activations" in kinds else None
         self.fisher = Fisher(network, check_labels(how), seed, shift) if "fisher" in kinds else None
+        self.gradient = Gradient(network, shift) if "gradient" in kinds else None
         self.confidence = Confidence() if "confidence" in kinds else None
         self.hidden: list[Tensor] = []
         self.examples = self.tokens = 0
 
     def run(self, batches: Iterable[Batch], progress: Callable[[int], object] = lambda examples: None) -> None:
         """Put all batches through. Raises as `collect`."""
-        plain = any(kind != "fisher" for kind in self.kinds)
+        plain = any(kind not in ("fisher", "gradient") for kind in self.kinds)
         with evaluating(self.network):
             for batch in batches:
                 number = size(batch)
@@ -119,6 +123,8 @@ class Pass:
                     self._forward(batch)
                 if self.fisher is not None:
                     self.fisher.add(batch)
+                if self.gradient is not None:
+                    self.gradient.add(batch)
                 self.examples += number
                 self.tokens += tokens(batch)
                 progress(number)
@@ -143,6 +149,8 @@ class Pass:
             self._put_grams(made, self.grams)
         if self.fisher is not None:
             made.tensors["fisher"], made.unused["fisher"] = self.fisher.result()
+        if self.gradient is not None:
+            made.tensors["gradient"], made.unused["gradient"] = self.gradient.result()
         if self.scores is not None:
             put_scores(made, self.scores)
         if self.moments is not None:

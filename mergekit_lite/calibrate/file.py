@@ -31,7 +31,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that gets its name at the end; after an error nothing is left of it."""
     check_free(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        if not out.parent.is_dir():  # a sandbox refuses to make itself
+            out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=out.parent))
     except OSError as fault:
         raise StoppedError(f"cannot write `{out}`: {fault.strerror}", hint=hint_for(fault)) from fault

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from mergekit_lite.calibrate.examples import Batch, forward, labels, paired, predictions, singly, uniform
+from mergekit_lite.calibrate.slopes import Slopes
 from mergekit_lite.errors import InputError, UsageError
 from mergekit_lite.lazy import Tensor, torch
 
 if TYPE_CHECKING:
-    from torch.nn import Module, Parameter
+    from torch.nn import Module
 
 Labels = Literal["auto", "expected", "sampled"]
 FEW = 64  # classes up to which `auto` takes the expectation over all labels
 
 
-class Fisher:
+class Fisher(Slopes):
     """F = E_x E_{y ~ p(y|x)} (d log p(y|x) / d theta)^2 for every floating parameter, by the name it has first.
 
     An example is one index of axis 0, and its gradient is squared by itself: the square of a batch's gradient is
@@ -29,20 +28,13 @@ class Fisher:
     """
 
     def __init__(self, network: Module, how: Labels = "auto", seed: int = 0, shift: bool = False):
+        super().__init__(network)
         self._network, self._how, self._seed, self._shift = network, how, seed, shift
-        self._parameters = {name: p for name, p in network.named_parameters() if p.is_floating_point()}
-        away = [name for name, p in self._parameters.items() if p.is_meta]
-        if away:
-            hint = "leave out `--device-map`, or give it more memory: gradients need all weights at hand"
-            raise UsageError(f"{len(away)} tensors are not in memory, such as `{away[0]}`", hint=hint)
-        self._sums: dict[str, Tensor] = {}
         self._share = 1.0
         self.examples = 0
 
     def add(self, batch: Batch) -> None:
-        with _gradients(self._parameters), ExitStack() as stack:
-            for name, parameter in self._parameters.items():
-                stack.callback(parameter.register_post_accumulate_grad_hook(self._finished(name)).remove)
+        with self._taken():
             for example in singly(batch):
                 self._add(example)
                 self.examples += 1
@@ -76,49 +68,13 @@ class Fisher:
         self._share = share
         score.backward(retain_graph=keep)
 
-    def _finished(self, name: str) -> Callable[[Tensor], None]:
-        """Called when the gradient of this parameter is whole: it is squared and given up before the next one's."""
-
-        def hook(parameter: Tensor) -> None:
-            slope = parameter.grad
-            assert slope is not None
-            parameter.grad = None
-            slope = slope.to(self._dtype(parameter))
-            if name not in self._sums:
-                self._sums[name] = torch.zeros_like(slope)
-            self._sums[name].addcmul_(slope, slope, value=self._share)
-
-        return hook
-
-    @staticmethod
-    def _dtype(parameter: Tensor) -> torch.dtype:
-        return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    def _add_to(self, total: Tensor, slope: Tensor) -> None:
+        total.addcmul_(slope, slope, value=self._share)
 
     def result(self) -> tuple[dict[str, Tensor], list[str]]:
         """The information by parameter, in float32 or the parameter's float64 on the CPU, and the names of those that
         no example's likelihood depends on: theirs is 0."""
-        found = {}
-        for name, parameter in self._parameters.items():
-            total = self._sums.pop(name, None)
-            zero = torch.zeros(parameter.shape, dtype=self._dtype(parameter))
-            found[name] = zero if total is None else (total / self.examples).cpu()
-        return found, [name for name, value in found.items() if not value.any()]
-
-
-@contextmanager
-def _gradients(parameters: Mapping[str, Parameter]) -> Iterator[None]:
-    """Every parameter takes a gradient meanwhile, which starts from none; afterwards all is as before."""
-    before = {name: (p.requires_grad, p.grad) for name, p in parameters.items()}
-    try:
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-            parameter.grad = None
-        with torch.enable_grad():
-            yield
-    finally:
-        for name, (required, grad) in before.items():
-            parameters[name].requires_grad_(required)
-            parameters[name].grad = grad
+        return self._means(self.examples)
 
 
 def check_labels(how: str) -> Labels:

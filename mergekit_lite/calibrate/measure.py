@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite.calibrate.collect import Pass, check_kinds
-from mergekit_lite.calibrate.data import BATCH, BLOCK, Data, from_file, from_text
+from mergekit_lite.calibrate.data import BLOCK, Data, from_file, from_text
 from mergekit_lite.calibrate.file import FORMAT, StatisticsFile, check_free, new_folder, write_statistics
 from mergekit_lite.calibrate.fisher import check_labels
 from mergekit_lite.calibrate.layers import Key, find_layers
-from mergekit_lite.calibrate.memory import Need, free_memory, need
+from mergekit_lite.calibrate.memory import Need, free_memory, need, positions
 from mergekit_lite.calibrate.model import check_loadable, check_predicts, load, skeleton
 from mergekit_lite.calibrate.names import Gram, gram_names, renamed, stored_names
 from mergekit_lite.errors import StoppedError, UsageError
@@ -77,7 +77,7 @@ class Measurement:
         assert self._folder is not None
         self._shapes = {name: meta.shape for name, meta in self._checkpoint.tensors.items()}
         frame = skeleton(self._checkpoint, location)
-        if "fisher" in settings.kinds or "confidence" in settings.kinds:
+        if {"fisher", "gradient", "confidence"} & {*settings.kinds}:
             check_predicts(frame)
         self._memory(frame, settings.examples or 1, settings.block or BLOCK)  # before the weights are read
         self._loaded = load(self._checkpoint, location, self._device, settings.device_map)
@@ -85,7 +85,7 @@ class Measurement:
         network = self._loaded.network
         self._layers = find_layers(network)
         self._names = stored_names(network, self._shapes)
-        most = max(batch["input_ids"].numel() if "input_ids" in batch else BATCH for batch in self.data.batches)
+        most = max(positions(network, batch) for batch in self.data.batches)
         self.need = self._memory(network, self.data.examples, most, loaded=True)
         self._first = self._pass(settings.kinds)  # finds what cannot be gathered of this model
 
@@ -194,11 +194,13 @@ class Measurement:
         for kind, tensors in found.tensors.items():
             skipped: dict[str, str] = {}
             unused = list(found.unused.get(kind, []))
-            if kind == "fisher":
+            if kind in ("fisher", "gradient"):
                 tensors = renamed(self._loaded.network, tensors, self._shapes)
                 # What the conversion made of another shape than the weights have is not theirs.
                 tensors = {name: value for name, value in tensors.items() if value.shape == self._shapes[name]}
                 unused = [name for name, value in tensors.items() if not value.any()]
+                lacking = [name for name in self._shapes if name not in tensors] if kind == "gradient" else []
+                skipped = dict.fromkeys(lacking, f"no parameter of {type(self._loaded.network).__name__} by that name")
             elif kind in ("router", "activations"):
                 tensors, skipped = self._by_module(tensors)
                 unused = [self._called(name) or name for name in unused]

@@ -18,11 +18,13 @@ _KEPT = 40  # numbers for each hidden unit of a layer and token that the way bac
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes: `weights` of the model, `fisher` of its squared gradients, `work` of one batch with what comes out of it,
-    `grams` of all Gram matrices; `passes` are those that go through the data together."""
+    """Bytes: `weights` of the model, `fisher` of its squared gradients, `gradient` of its gradients, `work` of one
+    batch with what comes out of it, `grams` of all Gram matrices; `passes` are those that go through the data
+    together."""
 
     weights: int
     fisher: int
+    gradient: int
     work: int
     grams: int
     passes: tuple[frozenset[Key], ...]
@@ -30,7 +32,7 @@ class Need:
 
     @property
     def nbytes(self) -> int:
-        return self.weights + self.fisher + self.work + self.most
+        return self.weights + self.fisher + self.gradient + self.work + self.most
 
 
 def need(
@@ -53,16 +55,18 @@ def need(
     width, layers = getattr(text, "hidden_size", 0) or 0, getattr(text, "num_hidden_layers", 0) or 0
     parameters = sum(parameter.numel() for parameter in network.parameters())
     fisher = (_SUMS + _GRADIENTS) * parameters if "fisher" in kinds else 0
+    # Both kinds share the gradients as they come.
+    gradient = (_SUMS + (0 if fisher else _GRADIENTS)) * parameters if "gradient" in kinds else 0
     work = _SCORES * tokens * (getattr(text, "vocab_size", 0) or 0)
-    work += 4 * tokens * width * (_KEPT * layers if "fisher" in kinds else _KEPT)
+    work += 4 * tokens * width * (_KEPT * layers if fisher or gradient else _KEPT)
     work += 8 * examples * width * layers if "hidden" in kinds else 0
     sizes = {key: 8 * length**2 for key, length in inner.items()} if "gram" in kinds else {}
     # Beside the sums there is the product that is added, in float32 and in float64.
     beside = 2 * max(sizes.values(), default=0)
-    room = None if free is None else free - weights - fisher - work - beside
+    room = None if free is None else free - weights - fisher - gradient - work - beside
     passes = parts(sizes, room)
     most = beside + max((sum(sizes[key] for key in one) for one in passes), default=0)
-    made = Need(weights, fisher, work, sum(sizes.values()), passes, most)
+    made = Need(weights, fisher, gradient, work, sum(sizes.values()), passes, most)
     if free is not None and made.nbytes > free:
         raise StoppedError(
             f"the statistics need about {size(made.nbytes)} of memory, {size(free)} are free: {said(made)}",
@@ -71,9 +75,22 @@ def need(
     return made
 
 
+def positions(network: Any, batch: Mapping[str, Any]) -> int:
+    """How many positions a batch takes in a network's layers: its tokens, or the patches of its images."""
+    ids, pixels = batch.get("input_ids"), batch.get("pixel_values")
+    if ids is not None:
+        return int(ids.numel())
+    examples = len(next(iter(batch.values())))
+    patch = getattr(getattr(network, "config", None), "patch_size", None)
+    if pixels is None or pixels.dim() != 4 or not isinstance(patch, int) or patch < 1:
+        return examples
+    return examples * (1 + int(pixels.shape[2] // patch) * int(pixels.shape[3] // patch))
+
+
 def said(made: Need) -> str:
     """What takes the memory, in words."""
-    named = {"weights": made.weights, "squared gradients": made.fisher, "Gram matrices": made.most, "work": made.work}
+    named = {"weights": made.weights, "squared gradients": made.fisher, "gradients": made.gradient}
+    named |= {"Gram matrices": made.most, "work": made.work}
     return ", ".join(f"{name} {size(nbytes)}" for name, nbytes in named.items() if nbytes)
 
 

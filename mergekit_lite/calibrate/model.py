@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mergekit_lite import sandbox
 from mergekit_lite.calibrate.examples import no_head
 from mergekit_lite.checkpoint.meta import Checkpoint
 from mergekit_lite.errors import InputError, StoppedError, UsageError
@@ -49,6 +50,13 @@ def check_loadable(checkpoint: Checkpoint, location: str) -> None:
     if config.get("quantization_config"):
         hint = "take the model that it was made from, in bfloat16: its statistics serve both"
         raise InputError(f"`{location}` is quantised", hint=hint)
+    box = sandbox.current()
+    if box is not None:
+        # The tokenizer's files are opened by code that no audit hook hears.
+        found = [box.refusal(path) for path in sorted(checkpoint.folder.rglob("*"))]
+        problems = [problem for problem in found if problem is not None]
+        if problems:
+            raise InputError(problems)
 
 
 def load(checkpoint: Checkpoint, location: str, device: Any, device_map: str | None) -> Loaded:

@@ -22,9 +22,9 @@ def confine(folder: Path | None) -> Path | None:
     return folder
 
 
-def check_inside(locations: Iterable[str] = (), family: str | None = None, file: Path | None = None) -> None:
+def check_inside(locations: Iterable[str] = (), family: str | None = None, *files: Path | None) -> None:
     """Raises UsageError with all of what a command line names outside of the sandbox, if there is one: checkpoints,
-    which may be on the Hub, the `--family`, a file to write."""
+    which may be on the Hub, the `--family`, files to read or to write."""
     box = sandbox.current()
     if box is None:
         return
@@ -37,8 +37,7 @@ def check_inside(locations: Iterable[str] = (), family: str | None = None, file:
     found = [box.refusal(place, hub=is_hub_id(place)) for place in places]
     if family is not None and family not in {known.name for known in families().values()}:
         found.append(box.refusal(family))
-    if file is not None:
-        found.append(box.refusal(file))
+    found += [box.refusal(file) for file in files if file is not None]
     problems = [problem for problem in found if problem is not None]
     if problems:
         raise UsageError(problems)

@@ -51,7 +51,7 @@ def convert(
 
 def _give(result: object, out: Path | None) -> None:
     """Text or data for JSON to stdout, or to a file that does not exist yet."""
-    check_inside(file=out)
+    check_inside((), None, out)
     if out is None:
         if isinstance(result, str):
             show.text(result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -51,6 +52,15 @@ def diff(
             show_default=False,
         ),
     ] = None,
+    gradients: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--gradients",
+            metavar="FILE",
+            help="With --base: a task's gradient, of `merge stats`; once for every model.",
+            show_default=False,
+        ),
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show tensors that are the same, too.")] = False,
     sort: Annotated[
         Order | None,
@@ -89,14 +99,19 @@ def diff(
     With --base two or more models are compared by their task vectors, model minus base. `cosine` is the mean over all
     pairs of models: layers where it is low are better kept apart than merged. `conflict` is the share of the entries
     that several models change in which their signs differ, `overlap` the mean over pairs of |A and B| / |A or B| of the
-    entries that they change. That is a measure and no verdict: it leaves with 0.
+    entries that they change. --gradients adds the cosine of the gradients of their tasks' losses at the model that
+    they would share, which `merge stats MERGED --collect gradient` writes. That is a measure and no verdict: it leaves
+    with 0.
     """
     from mergekit_lite import merge
     from mergekit_lite.report.diff import diff as compare
     from mergekit_lite.report.look import open_location
 
     models = [a, b, *(more or ())]
-    check_inside([*models, *([base] if base is not None else [])])
+    check_inside([*models, *([base] if base is not None else [])], None, *(gradients or ()))
+    if gradients and (base is None or len(gradients) != len(models)):
+        hint = "`merge diff A B --base BASE --gradients A_GRADIENT --gradients B_GRADIENT`"
+        raise UsageError("`--gradients` goes with `--base`, once for every model, in their order", hint=hint)
     if base is not None:
         from mergekit_lite.cli.task_vectors import compare_task_vectors
 
@@ -105,7 +120,7 @@ def diff(
             raise UsageError("`--base` compares task vectors, which have no such setting", hint=hint)
         opening = {"offline": offline, "stream": fetch is options.Source.stream}
         shown = ROWS if limit is None else limit
-        compare_task_vectors(base, models, opening, threads or merge.default_threads(), shown, json)
+        compare_task_vectors(base, models, opening, threads or merge.default_threads(), shown, json, gradients or ())
         return
     if more:
         hint = "name what they were all made from: `merge diff A B C --base BASE`"

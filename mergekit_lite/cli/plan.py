@@ -134,7 +134,7 @@ def _check(
     from mergekit_lite.plan.words import few
     from mergekit_lite.report import stale
 
-    check_inside((), file=Path(lock))
+    check_inside((), None, Path(lock))
     path, locked, changes = stale.read_lock(lock)
     recipe = merge.load_recipe(file, overrides)
     recipe = replace(recipe, saves=tuple(replace(save, push=None) for save in recipe.saves))

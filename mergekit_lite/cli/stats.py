@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergekit_lite.cli import bar, options, show
+from mergekit_lite.cli.confine import check_inside
 from mergekit_lite.errors import Problem
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def stats(
         typer.Option(
             "--collect",
             metavar="KINDS",
-            help="What to gather: gram, fisher, router, activations, hidden, confidence.",
+            help="What to gather: gram, fisher, gradient, router, activations, hidden, confidence.",
         ),
     ] = "gram",
     block: Annotated[
@@ -74,19 +75,23 @@ def stats(
     memory: options.Memory = None,
     threads: options.Threads = None,
     offline: options.Offline = False,
+    sandbox: options.Sandbox = None,
     json: options.Json = False,
 ) -> None:
     """Gather what methods ask for of a model while data pass through it.
 
-    Files in DIR: gram for `regmean`, fisher for `fisher`, router for merged experts, activations (means and variances)
-    for REPAIR, hidden (mean states of prompts) for gates, confidence (with a temperature) for BANG. Loads the model
-    with transformers, whose code alone is run: pip install 'mergekit_lite[calibrate]'.
+    Files in DIR: gram for `regmean`, fisher for `fisher`, gradient (of the loss) for `merge diff --gradients`, router
+    for merged experts, activations (means and variances) for REPAIR, hidden (mean states of prompts) for gates of
+    `moe`, confidence (with a temperature) for BANG. Loads the model with transformers, whose code alone is run: pip
+    install 'mergekit_lite[calibrate]'.
     """
     from mergekit_lite import merge
+    from mergekit_lite import sandbox as confined
     from mergekit_lite.calibrate.collect import check_kinds
     from mergekit_lite.calibrate.measure import Measurement, Settings
     from mergekit_lite.plan.budget import memory_bytes
 
+    check_inside([model], None, text, data, out)
     settings = Settings(
         kinds=check_kinds(collect),
         text=text,
@@ -100,12 +105,13 @@ def stats(
         device_map=device_map,
         memory=None if memory is None else memory_bytes(memory),
         threads=threads or merge.default_threads(),
-        offline=offline,
+        offline=offline or sandbox is not None,
     )
-    measurement = Measurement(model, settings, out)
-    show.note(_announced(measurement))
-    with bar.counting("examples", measurement.steps) as advance:
-        report = measurement.run(advance)
+    with confined.scratch():  # torch makes a folder for its compiler as transformers is imported
+        measurement = Measurement(model, settings, out)
+        show.note(_announced(measurement))
+        with bar.counting("examples", measurement.steps) as advance:
+            report = measurement.run(advance)
     if json:
         show.json(_as_json(measurement, report))
     else:
@@ -146,6 +152,7 @@ def _warnings(report: Report) -> list[Problem]:
         said, hint = {
             "gram": ("no example reached", "their Gram matrices are zeros, which leaves them to the other models"),
             "fisher": ("no likelihood depends on", "their information is 0; more examples may reach them"),
+            "gradient": ("the loss does not depend on", "their gradient is 0; more examples may reach them"),
             "router": ("no token was given to", "their usage is 0; a longer text may reach them"),
             "activations": ("no example reached", "they have no mean and no variance in the file"),
         }[kind]
@@ -168,7 +175,13 @@ def _as_json(measurement: Measurement, report: Report) -> dict[str, Any]:
         "block": data.block,
         "tokens_left_over": data.left_over,
         "passes": len(need.passes),
-        "memory": {"fisher": need.fisher, "work": need.work, "grams": need.grams, "at_once": need.nbytes},
+        "memory": {
+            "fisher": need.fisher,
+            "gradient": need.gradient,
+            "work": need.work,
+            "grams": need.grams,
+            "at_once": need.nbytes,
+        },
         "unused": {kind: names for kind, names in report.unused.items() if names},
         "skipped": {kind: names for kind, names in report.skipped.items() if names},
         "confidence": report.confidence or None,

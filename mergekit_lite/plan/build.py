@@ -252,6 +252,11 @@ def _step(
     elif method.name == "moe":
         named = {ref.name: source(ref) for ref in [*statistics(step, method), *([step.base] if step.base else [])]}
         table, found = build_mixture(builder, step, method, sources, named)
+    elif method.name == "bang":
+        from mergekit_lite.plan.balance import build_bang
+
+        named = {ref.name: source(ref) for ref in statistics(step, method)}
+        table, found = build_bang(builder, step, method, sources, named, methods["delta"], methods["add"])
     elif method.reach == "structure":
         others = [source(ref) if ref else None for ref in (step.rest, step.below, step.above)]
         table, found = build_stack(step, sources, *others)

@@ -17,7 +17,7 @@ from torch import Tensor
 from mergekit_lite.checkpoint.meta import MERGEABLE, Checkpoint, TensorMeta
 from mergekit_lite.checkpoint.source import Source
 from mergekit_lite.errors import InputError
-from mergekit_lite.family.family import family_of
+from mergekit_lite.family.family import Family, family_of
 from mergekit_lite.plan.words import shape as sizes
 from mergekit_lite.report.stream import BLOCK, Advance, blocks, check_numbers, each, opened
 
@@ -195,14 +195,7 @@ def task_vectors(
     """Compare what two or more `models` have changed in `base`, over the tensors that hold numbers to merge and have
     one shape in all. `advance` hears of the base's bytes. Memory is a block of every model for each thread. Raises
     InputError where a file cannot be read, where numbers are codes, or where no tensor is in all of them."""
-    for checkpoint in (base, *models):
-        check_numbers(checkpoint)
-    family = family_of(base.config, base.tensors, base.configs)
-    left = dict(_left_out(base, models, dict(family.tied)))
-    names = [name for name in base.tensors if name not in left]
-    if not names:
-        hint = "are they models of one kind? `merge inspect --tensors` shows names and shapes"
-        raise InputError(f"no tensor of the base `{base.location}` is in all models, by name and shape", hint=hint)
+    family, names, left = compared(base, models)
     shards = {shard.path: shard for checkpoint in (base, *models) for shard in checkpoint.shards}
     with opened(shards.values(), threads) as reader:
 
@@ -210,11 +203,7 @@ def task_vectors(
             return _tensor(reader, base.tensors[name], [m.tensors[name] for m in models], advance, block)
 
         found = dict(zip(names, each(reader, one, names, threads), strict=True))
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        layer = family.layer(name)
-        home = f"{layer.prefix}{layer.index}" if layer is not None else name.rpartition(".")[0] or name
-        groups.setdefault(home, []).append(name)
+    groups = by_layer(family, names)
     layers = {home: together([found[name] for name in members]) for home, members in groups.items()}
     return TaskVectors(
         base.location,
@@ -225,6 +214,30 @@ def task_vectors(
         together(list(found.values())),
         left,
     )
+
+
+def compared(base: Checkpoint, models: Sequence[Checkpoint]) -> tuple[Family, list[str], dict[str, str]]:
+    """The base's family, the tensors that are compared, and of the others why they are not. Raises InputError where
+    numbers are codes, or where no tensor is left."""
+    for checkpoint in (base, *models):
+        check_numbers(checkpoint)
+    family = family_of(base.config, base.tensors, base.configs)
+    left = dict(_left_out(base, models, dict(family.tied)))
+    names = [name for name in base.tensors if name not in left]
+    if not names:
+        hint = "are they models of one kind? `merge inspect --tensors` shows names and shapes"
+        raise InputError(f"no tensor of the base `{base.location}` is in all models, by name and shape", hint=hint)
+    return family, names, left
+
+
+def by_layer(family: Family, names: Iterable[str]) -> dict[str, list[str]]:
+    """The tensors of each layer, under what stands before the rest of their names; others by module."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        layer = family.layer(name)
+        home = f"{layer.prefix}{layer.index}" if layer is not None else name.rpartition(".")[0] or name
+        groups.setdefault(home, []).append(name)
+    return groups
 
 
 def _tensor(reader: Source, base: TensorMeta, models: Sequence[TensorMeta], advance: Advance, block: int) -> Overlap:

@@ -13,6 +13,7 @@ from digits_nets import TEST, TRAIN, digits, one_thread, train
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from mergekit_lite import collect
 from mergekit_lite.align.diagnose import barrier
 from mergekit_lite.align.match import match
 from mergekit_lite.align.reset import repair, reset_bn
@@ -222,3 +223,23 @@ def test_what_cannot_be_repaired_is_refused_by_name() -> None:
         repair(net, [net], [0.5, 0.5], inputs)
     with pytest.raises(InputError, match="without data"):
         repair(net, [net], [1.0], [])
+
+
+def test_statistics_stand_in_for_parents() -> None:
+    """Gathered beforehand, batch by batch, from one parent after the other: the same repair as with the parents."""
+    torch.manual_seed(1)
+    parents = [nn.Sequential(nn.Conv2d(2, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(27, 4)) for _ in range(2)]
+    given = [torch.randn(size, 2, 4, 4) for size in (20, 7)]
+    known = [collect(parent, given, "activations").tensors["activations"] for parent in parents]
+    whole, mixed, files = (average(*parents, 0.3) for _ in range(3))
+    shares = repair(whole, parents, [0.7, 0.3], given)
+    assert repair(files, known, [0.7, 0.3], given) == pytest.approx(shares)
+    assert repair(mixed, [parents[0], known[1]], [0.7, 0.3], given) == pytest.approx(shares)
+    assert min(shares.values()) < 0.95
+    for made in (files, mixed):
+        for name, value in whole.state_dict().items():
+            torch.testing.assert_close(made.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match="no mean and variance of `3`"):
+        repair(files, [{n: t for n, t in known[0].items() if n != "3.variance"}], [1.0], given)
+    with pytest.raises(InputError, match=r"`0\.mean` is 4, the layer has 3 channels"):
+        repair(files, [known[0] | {"0.mean": torch.zeros(4)}], [1.0], given)

@@ -102,19 +102,38 @@ def test_consensus_warns_of_masks_that_keep_little() -> None:
     assert remark({"k": 2}, 3) is None
 
 
+def bang(**settings: Any) -> Call:
+    """As the plan makes it, which reads the file that `confidence` names."""
+    return Call(get("bang"), (Slot(0), Slot(1)), tuple(settings.items()))
+
+
 @BOTH
 def test_bang(compute: torch.dtype) -> None:
-    """As the recipe has it: one weighted sum, whose weights are divided by the temperatures in the head."""
     case = "bang/head_temperature"
     given, params = ORACLES[case]["inputs"], ORACLES[case]["params"]
+    hot = {"t": params["alpha"], "temperature": [params["temperature0"], params["temperature1"]]}
     for name in given["zeroshot"]:
-        hot = name in params["head"]
-        weight = [1 - params["alpha"], params["alpha"]]
-        if hot:
-            weight = [weight[0] / params["temperature0"], weight[1] / params["temperature1"]]
-        call = get("linear")(Slot(0), Slot(1), weight=weight, normalize=False)
+        call = bang(head="linear" if name in params["head"] else "none", **hot)
         ends = [tensor(given["zeroshot"][name]), tensor(given["finetuned"][name])]
         close(evaluate(call, [ends], compute=compute)[0], case, name, compute)
+
+
+def test_bang_divides_the_scale_of_logits_by_its_logarithm() -> None:
+    ends = [torch.tensor([math.log(scale)], dtype=torch.float64) for scale in (100.0, 60.0)]
+    call = bang(t=0.25, head="logit_scale", temperature=(2.0, 3.0))
+    got = float(evaluate(call, [ends], compute=torch.float64)[0].exp())
+    assert got == pytest.approx((100 / 2) ** 0.75 * (60 / 3) ** 0.25)
+
+
+@pytest.mark.parametrize("head", ["none", "linear", "logit_scale"])
+@pytest.mark.parametrize("end", [0, 1])
+def test_ends_of_bang_are_the_models_divided_by_their_temperatures(head: str, end: int) -> None:
+    ends = [torch.tensor([1.0, -torch.inf]), torch.tensor([3.0, torch.nan])]
+    plain = bang(t=end, head=head, temperature=(1.0, 1.0))
+    assert torch.equal(evaluate(plain, [ends])[0].nan_to_num(7), ends[end].nan_to_num(7))
+    hot = evaluate(bang(t=end, head=head, temperature=(2.0, 2.0)), [ends])[0]
+    x = float(ends[end][0])
+    assert float(hot[0]) == pytest.approx({"none": x, "linear": x / 2, "logit_scale": x - math.log(2)}[head])
 
 
 @BOTH
