@@ -20,6 +20,7 @@ from mergekit_lite.checkpoint.meta import Checkpoint
 from mergekit_lite.errors import Mark, MergeError, Problem, RecipeError, UsageError
 from mergekit_lite.recipe.model import Recipe
 from mergekit_lite.recipe.read import parse, read_file
+from mergekit_lite.recipe.write import dump
 from mergekit_lite.run.result import Result as Result
 
 if TYPE_CHECKING:
@@ -274,7 +275,14 @@ def search(
         return go(template, MemoryJudge(make, options, models, functions), folder, trials, 1, sampler, told)
     if folder is None:
         raise UsageError("a search by commands needs a folder", hint="give `out`")
-    with command_judge(make, options, folder, jobs) as judge:
+
+    def of_store(location: str, place: Path) -> Plan:
+        text = dump({"version": 1, "models": {"store": location}, "steps": {"task": {"use": "linear", "of": "store"}}})
+        found, _ = parse(text, "store")
+        assert found is not None
+        return planner(offline=offline, threads=threads)(found, place)
+
+    with command_judge(make, of_store, options, folder, jobs) as judge:
         return go(template, judge, folder, trials, jobs, sampler, told)
 
 

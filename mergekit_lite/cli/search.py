@@ -84,7 +84,7 @@ def search(
 
     template = Template(recipe, set or (), _given(score, metric, goal, timeout))
     folder = out or Path(f"{Path(recipe).stem}.search")
-    count = 2 * len(template.greedy.values) - 1 if template.greedy is not None else trials
+    count = driver.how_many(template, trials)
     with bar.counting("trials", count) as advance:
 
         def told(trial: Trial) -> None:
@@ -131,20 +131,23 @@ def _given(score: str | None, metric: str | None, goal: Goal | None, timeout: fl
 
 def _table(template: Template, found: Found) -> None:
     """The best trials, and how the others ended."""
+    from mergekit_lite.evaluate import search as driver
+
     names = [score.name for score in template.scores]
-    paths = [hole.path for hole in template.holes]
+    paths = list(dict.fromkeys(path for trial in found.trials for path in trial.values))
     sign = -1.0 if template.scores[0].goal == "max" else 1.0
     best = {trial.number for trial in found.best}
     done = [trial for trial in found.trials if trial.state == "done"]
-    if template.greedy is None:
+    by_one = template.greedy is not None or driver.thresholds_of(template) is not None
+    if not by_one:
         done.sort(key=lambda t: (t.number not in best, sign * t.scores[names[0]], t.number))
-    shown = done if template.greedy is not None else done[: max(SHOWN, len(best))]
+    shown = done if by_one else done[: max(SHOWN, len(best))]
     rows = [
         [
             str(trial.number),
             *(f"{trial.scores[name]:.6g}" for name in names),
-            *(_shown(trial.values[path]) for path in paths),
-            "best" if trial.number in best else trial.why or "",
+            *(_shown(trial.values.get(path)) for path in paths),
+            " · ".join(filter(None, ["best" if trial.number in best else None, trial.why])),
         ]
         for trial in shown
     ]
@@ -157,4 +160,8 @@ def _table(template: Template, found: Found) -> None:
 def _shown(value: object) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(one)}" for key, one in value.items())
+    if value is None:
+        return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 LOGS, SCORES, WORK = "logs", "scores.jsonl", "work"
 Planner = Callable[[Recipe, Path], Plan]
+OfStore = Callable[[str, Path], Plan]  # of the model `STORE#TASK`, for a folder
 
 
 class Judging(Protocol):
@@ -83,22 +84,27 @@ class Candidate:
 
 class Judge:
     """Scores by commands. `work` is a folder for trials, one for each of `jobs` at a time; merges wait for each other,
-    as one takes all threads, and scores do not."""
+    as one takes all threads, and scores do not. `logs` keeps what commands say."""
 
-    def __init__(self, plan: Planner, options: Options, work: Path, logs: Path | None, book: Memo, jobs: int):
+    def __init__(
+        self, plan: Planner, of_store: OfStore, options: Options, work: Path, logs: Path, book: Memo, jobs: int
+    ):
         self._plan = plan
+        self._of_store = of_store
         self._stopped = threading.Event()
         self._options = replace(options, check=self._check)
         self._logs = logs
         self._book = book
         self._merging = threading.Lock()
         self._free = [TrialFolder(work / f"job-{number}" / "model") for number in range(jobs)]
+        self._tasks: dict[Path, TrialFolder] = {}
         self._work = work
         self.made: list[Made] = []
 
     @contextlib.contextmanager
-    def candidate(self, recipe: Recipe, label: str) -> Iterator[Candidate]:
-        """The merge that `recipe` writes, called `label` in logs. Raises what a plan raises."""
+    def candidate(self, recipe: Recipe, label: str, task: str | None = None) -> Iterator[Candidate]:
+        """The merge that `recipe` writes, called `label` in logs; of a mask store the model of its `task`. Raises what
+        a plan raises."""
         folder = self._free.pop()
         try:
             plan = self._plan(recipe, folder.path)
@@ -108,15 +114,22 @@ class Judge:
                 with self._merging:
                     folder.path.parent.mkdir(parents=True, exist_ok=True)
                     self.made.append(folder.write(plan, self._options))
-                return folder.path
+                    return folder.path if task is None else self._task(folder, task)
 
             def one(scoring: Scoring, path: Path) -> float:
-                log = None if self._logs is None else self._logs / f"{label}-{_file_name(scoring.name)}"
+                log = self._logs / f"{label}-{_file_name(scoring.name)}"
                 return Score(scoring.command, scoring.metric, scoring.timeout).of(path, log, self._check)
 
             yield Candidate(merged, make, one, self._book)
         finally:
             self._free.append(folder)
+
+    def _task(self, store: TrialFolder, task: str) -> Path:
+        """The model of a task of the store, put together beside it."""
+        place = store.path.with_name("task")
+        found = self._tasks.setdefault(place, TrialFolder(place))
+        found.write(self._of_store(f"{store.path}#{task}", place), self._options)
+        return place
 
     def stop(self) -> None:
         """Have merges and scores that are at work raise InterruptedRun."""
@@ -128,7 +141,7 @@ class Judge:
 
     def close(self) -> None:
         """Remove the trials."""
-        for folder in self._free:
+        for folder in [*self._tasks.values(), *self._free]:
             folder.clear()
             with contextlib.suppress(OSError):
                 folder.path.parent.rmdir()
@@ -138,11 +151,11 @@ class Judge:
 
 
 @contextlib.contextmanager
-def command_judge(plan: Planner, options: Options, folder: Path, jobs: int) -> Iterator[Judge]:
+def command_judge(plan: Planner, of_store: OfStore, options: Options, folder: Path, jobs: int) -> Iterator[Judge]:
     """A judge whose logs and scores are kept in a study's folder, and whose trials are removed at the end."""
     work = folder / WORK / secrets.token_hex(4)  # others may be at work in the folder
     make_folder(folder / LOGS)
-    judge = Judge(plan, options, work, folder / LOGS, Book(folder / SCORES), jobs)
+    judge = Judge(plan, of_store, options, work, folder / LOGS, Book(folder / SCORES), jobs)
     try:
         yield judge
     finally:

@@ -20,6 +20,7 @@ from mergekit_lite.errors import StoppedError, UsageError
 
 PLACE = "{model}"
 FILES = "{out}"
+TASK = "{task}"  # of a mask store
 LAST_LINES = 5  # of what a failed command said
 LOOK = 0.05  # seconds between two looks at a command that is at work
 MOST = 1 << 24  # bytes that are read of what a command printed or wrote

@@ -11,9 +11,10 @@ from typing import Any
 
 from mergekit_lite.errors import Mark, Problem, RecipeError, StoppedError, UsageError
 from mergekit_lite.evaluate.greedy import greedy_soup
-from mergekit_lite.evaluate.judge import Judging, make_folder
+from mergekit_lite.evaluate.judge import Judge, Judging, make_folder
 from mergekit_lite.evaluate.score import PLACE, Score
 from mergekit_lite.evaluate.study import Study, Trial, check_sampler
+from mergekit_lite.evaluate.tasks import choose, thresholds_of
 from mergekit_lite.evaluate.template import Template
 from mergekit_lite.limits import hint_for
 from mergekit_lite.recipe.holes import Hole, setting
@@ -49,10 +50,21 @@ def check(template: Template, sampler: str | None, by_command: bool) -> None:
         raise RecipeError(Problem("a search scores one output", saves[1].mark, "keep one `save`"))
     for scoring in template.scores if by_command else ():
         Score(scoring.command)
-    if template.greedy is None:
+    if thresholds_of(template) is not None:
+        if sampler is not None:
+            raise UsageError("thresholds are tried one by one", hint="leave out `--sampler`")
+    elif template.greedy is None:
         check_sampler(sampler, template.holes, len(template.scores))
     elif sampler is not None:
         raise UsageError("a greedy soup is not sampled", hint="leave out `--sampler`")
+
+
+def how_many(template: Template, trials: int) -> int:
+    """How many merges will be scored, of `trials` where there may be any number."""
+    wanted = thresholds_of(template)
+    if wanted is not None:
+        return 1 + sum(len(values) for values in wanted.values.values())
+    return 2 * len(template.greedy.values) - 1 if template.greedy is not None else trials
 
 
 def stated(functions: Collection[str] | None, goal: str | Mapping[str, str]) -> list[Scoring]:
@@ -81,12 +93,15 @@ def search(
     `Study.run` raises."""
     if folder is not None:
         make_folder(folder)
+    ended: list[Trial] = []
+    best: list[Trial] = []
+    wanted = thresholds_of(template)
     if template.greedy is not None:
-        ended = []
-        for trial in _greedy(template, template.greedy, judge):
-            ended.append(trial)
-            told(trial)
+        ended = _told(_greedy(template, template.greedy, judge), told)
         best = [next(trial for trial in reversed(ended) if trial.why == "kept")]
+    elif wanted is not None and isinstance(judge, Judge):
+        ended = _told(choose(template, wanted, judge, jobs), told)
+        best = ended[-1:]
     else:
         seed = template.first.seed
         path = folder / STUDY if folder is not None else None
@@ -98,6 +113,14 @@ def search(
     found = Found(tuple(ended), tuple(best), recipes, texts)
     if folder is not None:
         _keep(folder, found)
+    return found
+
+
+def _told(trials: Iterator[Trial], told: Callable[[Trial], None]) -> list[Trial]:
+    found = []
+    for trial in trials:
+        found.append(trial)
+        told(trial)
     return found
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lite.recipe.holes import Hole, setting
+from mergekit_lite.recipe.holes import Hole, points, setting
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -28,17 +28,11 @@ def distributions(holes: Sequence[Hole]) -> dict[str, BaseDistribution]:
     return found
 
 
-def grid(space: Mapping[str, BaseDistribution]) -> Iterator[dict[str, Any]]:
-    """All fillings of holes of which none has endless many values."""
-    values = []
-    for one in space.values():
-        if hasattr(one, "choices"):
-            values.append(list(one.choices))
-        else:
-            low, high, step = one.low, one.high, one.step  # type: ignore[attr-defined]
-            values.append([low + i * step for i in range(1 + round((high - low) / step))])
+def grid(holes: Sequence[Hole]) -> Iterator[dict[str, Any]]:
+    """All fillings of holes of which none has endless many values, as they are drawn."""
+    values = [[_category(value) if hole.kind == "choice" else value for value in points(hole) or ()] for hole in holes]
     for point in itertools.product(*values):
-        yield dict(zip(space, point, strict=True))
+        yield dict(zip((hole.path for hole in holes), point, strict=True))
 
 
 def settings(holes: Sequence[Hole], drawn: Mapping[str, Any]) -> list[str]:

@@ -66,7 +66,7 @@ class Study:
         self.holes, self.scores = holes, scores
         self._distributions = distributions(holes)
         check_sampler(sampler, holes, len(scores))
-        self._grid = list(grid(self._distributions)) if sampler == "grid" else None
+        self._grid = list(grid(holes)) if sampler == "grid" else None
         with _alone(path):
             self._study = _open(path, scores)
             known = self._study.user_attrs.get("of")

@@ -10,6 +10,8 @@ from mergekit_lite.plan.digest import ARITHMETIC
 from mergekit_lite.plan.model import Alignment, Node, Plan
 from mergekit_lite.plan.order import GRAIN, walk
 
+Place = tuple[int, int, int]
+
 
 class Identities:
     """Digests of the parts of one plan, each formed once.
@@ -29,10 +31,13 @@ class Identities:
         self._nodes: dict[int, str] = {}
         self._pools: dict[str, str] = {}
 
-    def tensors(self) -> dict[tuple[int, str], str]:
-        """By the number of the output and the name, for all tensors of the plan."""
+    def tensors(self) -> dict[Place, str]:
+        """By the number of the output, that of the shard and the first byte, for all tensors of the plan: masks of a
+        store have the name of what they are masks of."""
         return {
-            (number, tensor.name): self._hash("tensor", tensor.dtype, tensor.shape, self.node(tensor.node))
+            (number, tensor.shard, tensor.start): self._hash(
+                "tensor", tensor.name, tensor.dtype, tensor.shape, self.node(tensor.node)
+            )
             for number, output in enumerate(self._plan.outputs)
             for tensor in output.tensors
         }
@@ -88,7 +93,7 @@ class Identities:
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def result_digest(plan: Plan, tensors: Mapping[tuple[int, str], str]) -> str:
+def result_digest(plan: Plan, tensors: Mapping[Place, str]) -> str:
     """What is merged, whatever the recipe's text says beside it: the tensors and the configurations."""
     configs = [repr((output.config, output.adapter, output.store)) for output in plan.outputs]
     whole = repr((sorted((key, value) for key, value in tensors.items()), configs))

@@ -55,6 +55,15 @@ class Hole:
         return [self.low, self.high] if self.kind == "search" else list(self.values)
 
 
+def points(hole: Hole) -> tuple[Any, ...] | None:
+    """All values that a hole may have; None where they are endless."""
+    if hole.kind == "choice":
+        return hole.values
+    if hole.kind == "greedy" or hole.step is None:
+        return None
+    return tuple(hole.low + i * hole.step for i in range(1 + int((hole.high - hole.low) / hole.step + 1e-9)))
+
+
 def find_holes(root: Node, problems: list[Problem]) -> list[Hole]:
     """The holes below `root`, in the order of the text; what is wrong with them goes to `problems`."""
     return list(_below(root, (), problems))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lite.plan.identity import Identities
+from mergekit_lite.plan.identity import Identities, Place
 from mergekit_lite.plan.model import Plan, Unit
 from mergekit_lite.plan.order import walk
 from mergekit_lite.run.copy import ByteSource
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     from mergekit_lite.run.alignment import Solved
 
-Key = tuple[int, str]
-
 
 @dataclass(frozen=True, slots=True)
 class Made:
@@ -49,7 +47,7 @@ class _Left:
     """What the plan before has left: tensors by their digests, and statistics by theirs."""
 
     def __init__(self) -> None:
-        self.tensors: dict[Key, str] = {}
+        self.tensors: dict[Place, str] = {}
         self.pools: dict[str, list[Any]] = {}
 
     def go(
@@ -61,7 +59,7 @@ class _Left:
         before = {} if fresh else self.tensors
         self.tensors = {}  # until it is done: a trial that fails leaves what nobody knows
         stale = {key for key, digest in wanted.items() if before.get(key) != digest}
-        todo = [unit for unit in plan.units if any((o, t.name) in stale for o, t in unit.targets)]
+        todo = [unit for unit in plan.units if any((o, t.shard, t.start) in stale for o, t in unit.targets)]
         needed = _needed(plan, todo)
         smaller = replace(
             plan,

@@ -198,3 +198,86 @@ def test_a_recipe_without_a_score_says_so(here: Path, merge: Merge) -> None:
     write(here, recipe=RECIPE.split("score:")[0])
     ran = merge("search", "r.yaml")
     assert ran.code == 3 and "does not say how good a merge is" in ran.err
+
+
+STORE = """\
+version: 1
+models: {base: ./base, a: ./a, b: ./b, c: ./c}
+steps: {sum: {use: task_arithmetic, base: base, of: [a, b, c], with: {lambda: 1}}}
+save: {as: masks, step: sum, base: base, tasks: [a, b, c], threshold: OPEN, to: out/store}
+score: {command: "PYTHON far.py {model} {task}", goal: min}
+"""
+FAR = """\
+import pathlib, sys
+import numpy as np
+from safetensors.numpy import load_file
+own, found = (load_file(pathlib.Path(p) / "model.safetensors")["w"] for p in (sys.argv[2], sys.argv[1]))
+print(float(np.abs(own - found).sum()))
+"""
+LAMBDAS = (0.2, 0.4, 0.6, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("hole", "tasks"),
+    [
+        ("{choice: [0.2, 0.4, 0.6, 1.0]}", "abc"),
+        ("{a: {search: [0.2, 0.6], step: 0.2}, b: 0.5, c: {choice: [0.4, 1.0]}}", "ac"),
+    ],
+)
+def test_thresholds_of_a_store_are_chosen_by_the_score_of_each_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge: Merge, hole: str, tasks: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(5)
+    models = {name: rng.standard_normal(64).astype("float32") for name in ("base", "a", "b", "c")}
+    for name, values in models.items():
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.from_numpy(values)}, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "far.py").write_text(FAR, encoding="utf-8")
+    write(tmp_path, recipe=STORE.replace("OPEN", hole))
+    ran = merge("search", "r.yaml", "--jobs", "2", "--json")
+    assert ran.code == 0, ran.err
+    base = models["base"]
+    deltas = {name: models[name] - base for name in "abc"}
+    whole = sum(deltas.values())
+
+    def far(task: str, threshold: float) -> float:
+        mask = np.abs(deltas[task]) > threshold * np.abs(whole - deltas[task])
+        return float(np.abs(base + mask * whole - models[task]).sum())
+
+    tried = {"abc": dict.fromkeys("abc", LAMBDAS), "ac": {"a": (0.2, 0.4, 0.6), "c": (0.4, 1.0)}}[tasks]
+    wanted = {task: min(values, key=lambda value: far(task, value)) for task, values in tried.items()}
+    (best,) = ran.json["best"]
+    chosen = best["values"]
+    chosen = chosen.get("save.threshold") or {key.rpartition(".")[2]: value for key, value in chosen.items()}
+    assert chosen == pytest.approx(wanted)
+    assert best["scores"]["score"] == pytest.approx(sum(far(t, v) for t, v in wanted.items()) / len(wanted), rel=1e-5)
+    assert merge("run", "r.search/best.yaml").code == 0
+    text = (tmp_path / "r.search/best.yaml").read_text()
+    if tasks == "ac":
+        assert "b: 0.5" in text
+    before = sorted(path.name for path in (tmp_path / "r.search").iterdir())
+    assert before == ["best.yaml", "logs", "scores.jsonl", "trials.json"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (("OPEN", "{search: [0, 1]}"), "one by one"),
+        (
+            ("as: masks, step: sum, base: base, tasks: [a, b, c], threshold: OPEN", "step: sum"),
+            "a task of a mask store",
+        ),
+    ],
+)
+def test_a_score_of_tasks_needs_thresholds_of_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge: Merge, changed: tuple[str, str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = STORE.replace(*changed).replace(
+        "lambda: 1", "lambda: {choice: [1, 2]}" if "as: " in changed[0] else "lambda: 1"
+    )
+    write(tmp_path, recipe=recipe)
+    ran = merge("search", "r.yaml")
+    assert ran.code == 3 and said in ran.err, ran.err
