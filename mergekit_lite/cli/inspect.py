@@ -138,10 +138,10 @@ def _store(store: StoreLook) -> Iterator[tuple[str, str]]:
             for task in store.tasks
         ),
     )
-    yield "all of it", share(store.nbytes)
+    yield "all of it", share(store.nbytes) + (" · masks coded with zstd" if store.compressed else "")
     if store.census is not None and store.coded is not None:
         nothing, one, several = store.census
-        yield "entropy-coded", share(store.coded)
+        yield "by entropy", share(store.coded)  # of each task by itself
         yield "used", f"by no task {nothing:.1%} · by one alone {one:.1%} · by several {several:.1%}"
 
 
