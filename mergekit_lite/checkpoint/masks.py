@@ -31,6 +31,11 @@ def mask_file(task: str) -> str:
     return f"mask-{task}.safetensors"
 
 
+def is_of_masks(file: str) -> bool:
+    """Whether a file of this name in a store holds masks."""
+    return is_coded_file(file) or (file.startswith("mask-") and file.endswith(".safetensors"))
+
+
 def prefix_of(tasks: Sequence[str]) -> str:
     """What stands before the names of masks that are coded together."""
     return "+".join(tasks)
@@ -85,8 +90,8 @@ def _homes(store: Checkpoint) -> dict[str, str]:
         names = sorted(os.listdir(store.folder)) if store.folder is not None else []
     if MULTI_FILE not in names:
         return {}
-    found = {name[5:-12]: name for name in names if name.startswith("mask-") and name.endswith(".safetensors")}
     coded = [name for name in names if is_coded_file(name)]
+    found = {name[5:-12]: name for name in names if is_of_masks(name) and name not in coded}
     for name, header in zip(coded, _headers(store, coded), strict=True):
         found |= dict.fromkeys(_together(header, store), name)
     return dict(sorted(found.items()))

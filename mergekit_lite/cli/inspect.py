@@ -129,7 +129,7 @@ def _store(store: StoreLook) -> Iterator[tuple[str, str]]:
     """What a mask store keeps beside its base."""
 
     def share(nbytes: int) -> str:
-        return f"{show.size(nbytes)}, {nbytes / store.apart:.0%} of {show.count(len(store.tasks), 'model')} apart"
+        return f"{show.size(nbytes)}, {nbytes / store.apart:.1%} of {show.count(len(store.tasks), 'model')} apart"
 
     yield (
         "mask store",

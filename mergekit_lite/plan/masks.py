@@ -56,8 +56,8 @@ def mask_output(
     if masks.compress is not None:
         try:
             library()
-        except InputError as fault:
-            problems += [replace(problem, mark=masks.mark) for problem in fault.problems]
+        except InputError as refused:
+            problems += [replace(problem, mark=masks.mark) for problem in refused.problems]
             return None
     methods = all_methods()
     base = tables[masks.base.name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mergekit_lite.checkpoint.coded import Frames
+from mergekit_lite.checkpoint.frames import Frames
 from mergekit_lite.checkpoint.meta import TensorMeta
 from mergekit_lite.lazy import Tensor, torch
 from mergekit_lite.run.copy import ByteSource

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mergekit_lite.checkpoint.coded import FRAME, TOGETHER, coded_file, coded_files, encode, frames_of, groups_of, joined, most
+from mergekit_lite.checkpoint.coded import FRAME, TOGETHER, coded_file, coded_files, frames_of, groups_of
+from mergekit_lite.checkpoint.frames import encode, joined, most
 from mergekit_lite.checkpoint.header import PREFIX_BYTES, read_header
 from mergekit_lite.checkpoint.masks import mask_file, prefix_of, sizes_name
 from mergekit_lite.checkpoint.writer import encode_header
@@ -136,8 +137,9 @@ def _rows(
 ) -> list[tuple[str, str, tuple[int, ...], int]]:
     """What a coded file holds, in order: all sizes, then all frames, which take `totals` bytes."""
     counts = [frames_of(tensor.node.numel) for tensor in tensors]
-    sizes = [(sizes_name(prefix, t.name), "U32", (n,), 4 * n) for t, n in zip(tensors, counts, strict=True)]
-    return sizes + [(f"{prefix}/{t.name}", "U8", (n,), n) for t, n in zip(tensors, totals, strict=True)]
+    rows: list[tuple[str, str, tuple[int, ...], int]] = []
+    rows += [(sizes_name(prefix, t.name), "U32", (n,), 4 * n) for t, n in zip(tensors, counts, strict=True)]
+    return rows + [(f"{prefix}/{t.name}", "U8", (n,), n) for t, n in zip(tensors, totals, strict=True)]
 
 
 def _most(tensor: OutTensor, per: int) -> int:
