@@ -237,8 +237,8 @@ def _masks(store: AsMasks | None, shards: Sequence[Mapping[str, Any]]) -> list[l
     if store is None:
         return []
     nbytes = sum(int(file.get("bytes") or 0) for file in shards if is_of_masks(str(file["file"])))
-    how = "" if store.compress is None else f", coded with {store.compress}"
-    return [["masks", plain(f"{size(nbytes)}{how}: {', '.join(store.tasks)}")]]
+    how = "" if store.compress is None else f" coded with {store.compress}"
+    return [["masks", plain(f"{size(nbytes)}{how} for {', '.join(store.tasks)}")]]
 
 
 def _again(recipe: Recipe, line: Lineage, repo: str | None) -> list[str]:

@@ -171,7 +171,7 @@ def test_what_is_told_of_a_store(capsys: pytest.CaptureFixture[str]) -> None:
     assert "zstandard:" in lock and CODED in lock and "mask-math" not in lock
     card = Path("store/README.md").read_text()
     numbers = sum(value.numel() for value in load_file("base/model.safetensors").values())
-    assert f"| parameters | {2 * numbers:,} |" in card and "coded with zstd: math, code, chat" in card
+    assert f"| parameters | {2 * numbers:,} |" in card and "coded with zstd for math, code, chat" in card
     assert "zstandard" not in Path("plain/recipe.lock.yaml").read_text()
 
 
