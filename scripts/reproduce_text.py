@@ -136,9 +136,9 @@ def census_text(results: Results) -> str:
     }
     return (
         f"Of the weights of the TALL-masks are {', '.join(parts)}. A mask store of the eight tasks takes "
-        f"{mean['stored']:.1f}% of the bytes of eight checkpoints, {mean['coded']:.1f}% if each task's masks were coded "
-        f"by their entropy, and {mean['compressed']:.1f}% with `compress: zstd`, which codes them together; the models "
-        f"that are read back from it have an accuracy of {mean['from the store']:.1f}."
+        f"{mean['stored']:.1f}% of the bytes of eight checkpoints, {mean['coded']:.1f}% if each task's masks were "
+        f"coded by their entropy, and {mean['compressed']:.1f}% with `compress: zstd`, which codes them together; the "
+        f"models that are read back from it have an accuracy of {mean['from the store']:.1f}."
     )
 
 
