@@ -238,7 +238,8 @@ class Bench:
 
     def store(self) -> dict[str, float]:
         """A mask store of all tasks on disk: its bytes in percent of as many checkpoints, those that it would take if
-        its masks were coded by their entropy, and the normalised accuracy of the models that are read back from it."""
+        each task's masks were coded by their entropy, those that it takes with `compress`, and the normalised accuracy
+        of the models that are read back from the latter. Raises ValueError where the plain store gives other models."""
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)
             for name in ("base", *self.tasks):
@@ -247,18 +248,27 @@ class Bench:
             models = {name: str(place / name) for name in ("base", *self.tasks)}
             steps: dict[str, Any] = {f"of_{t}": {"use": "delta", "of": t, "base": "base"} for t in self.tasks}
             steps["multi"] = {"use": "linear", "of": list(steps), "with": {"normalize": False}}
-            saved = {"step": "multi", "as": "masks", "base": "base", "tasks": self.tasks}
-            self._save(place, models, steps, {**saved, "threshold": self.thresholds(), "to": str(place / "store")})
+            saved: Settings = {"step": "multi", "as": "masks", "base": "base", "tasks": self.tasks}
+            saved["threshold"] = self.thresholds()
+            self._save(place, models, steps, {**saved, "to": str(place / "store")})
+            self._save(place, models, steps, {**saved, "compress": "zstd", "to": str(place / "compressed")})
             seen = look_at_store(open_checkpoint(str(place / "store"), None), masks=True)
-            assert seen is not None and seen.coded is not None
+            small = look_at_store(open_checkpoint(str(place / "compressed"), None))
+            assert seen is not None and seen.coded is not None and small is not None
             found = {}
             for task in self.tasks:
-                out = place / "again" / task
-                self._save(place, {"m": f"{place / 'store'}#{task}"}, {}, {"step": "m", "to": str(out)})
-                found[task] = load_file(out / "model.safetensors")
+                for store in ("store", "compressed"):
+                    out = place / "again" / store / task
+                    self._save(place, {"m": f"{place / store}#{task}"}, {}, {"step": "m", "to": str(out)})
+                plain, found[task] = (
+                    load_file(place / "again" / store / task / "model.safetensors") for store in ("store", "compressed")
+                )
+                if any(not torch.equal(plain[name], value) for name, value in found[task].items()):
+                    raise ValueError(f"the two stores give other models for `{task}`")
             return {
                 "stored": 100 * seen.nbytes / seen.apart,
                 "coded": 100 * seen.coded / seen.apart,
+                "compressed": 100 * small.nbytes / small.apart,
                 "from the store": self.normalized(found, "test"),
             }
 

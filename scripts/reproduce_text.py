@@ -131,12 +131,14 @@ def census_text(results: Results) -> str:
     found = _census(results, "")
     parts = (f"{found[name]:.0f}% {name} (expected {expected}%)" for name, expected in CENSUS.items())
     mean = {
-        name: fmean(census[name] for census in results.censuses[""]) for name in ("stored", "coded", "from the store")
+        name: fmean(census[name] for census in results.censuses[""])
+        for name in ("stored", "coded", "compressed", "from the store")
     }
     return (
         f"Of the weights of the TALL-masks are {', '.join(parts)}. A mask store of the eight tasks takes "
-        f"{mean['stored']:.1f}% of the bytes of eight checkpoints, {mean['coded']:.1f}% if its masks were coded by "
-        f"their entropy; the models that are read back from it have an accuracy of {mean['from the store']:.1f}."
+        f"{mean['stored']:.1f}% of the bytes of eight checkpoints, {mean['coded']:.1f}% if each task's masks were "
+        f"coded by their entropy, and {mean['compressed']:.1f}% with `compress: zstd`, which codes them together; the "
+        f"models that are read back from it have an accuracy of {mean['from the store']:.1f}."
     )
 
 

@@ -53,9 +53,20 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True)
+class Coded:
+    """Where a mask lies among those of `tasks` tasks that are coded together: it is the one at `place`. `sizes` holds
+    the bytes of each frame."""
+
+    sizes: TensorMeta
+    tasks: int
+    place: int
+
+
+@dataclass(frozen=True, slots=True)
 class TensorMeta:
     """One tensor of a checkpoint: `file` is the shard's path, `start` the absolute offset of its first byte in it. With
-    `packed` the numbers are not stored as `dtype`, but come out in it, always `F32`; `nbytes` are those stored."""
+    `packed` the numbers are not stored as `dtype`, but come out in it, always `F32`; `nbytes` are those stored. With
+    `coded` it is a mask, and the bytes are those of all masks that are coded with it."""
 
     name: str
     shape: tuple[int, ...]
@@ -64,6 +75,7 @@ class TensorMeta:
     start: int
     nbytes: int
     packed: Packed | None = None
+    coded: Coded | None = None
 
     @property
     def numel(self) -> int:
@@ -81,7 +93,9 @@ class TensorMeta:
 
     @property
     def parts(self) -> tuple[TensorMeta, ...]:
-        """The stored tensors that it takes to read this one: itself, and its scales."""
+        """The stored tensors that it takes to read this one: itself, and its scales, or the sizes of its frames."""
+        if self.coded is not None:
+            return (self, self.coded.sizes)
         return (self,) if self.packed is None or self.packed.scale is None else (self, self.packed.scale)
 
 

@@ -129,7 +129,7 @@ def _store(store: StoreLook) -> Iterator[tuple[str, str]]:
     """What a mask store keeps beside its base."""
 
     def share(nbytes: int) -> str:
-        return f"{show.size(nbytes)}, {nbytes / store.apart:.0%} of {show.count(len(store.tasks), 'model')} apart"
+        return f"{show.size(nbytes)}, {nbytes / store.apart:.1%} of {show.count(len(store.tasks), 'model')} apart"
 
     yield (
         "mask store",
@@ -138,10 +138,10 @@ def _store(store: StoreLook) -> Iterator[tuple[str, str]]:
             for task in store.tasks
         ),
     )
-    yield "all of it", share(store.nbytes)
+    yield "all of it", share(store.nbytes) + (" · masks coded with zstd" if store.compressed else "")
     if store.census is not None and store.coded is not None:
         nothing, one, several = store.census
-        yield "entropy-coded", share(store.coded)
+        yield "by entropy", share(store.coded)  # of each task by itself
         yield "used", f"by no task {nothing:.1%} · by one alone {one:.1%} · by several {several:.1%}"
 
 

@@ -57,6 +57,8 @@ def plan_digest(
                 texts.append(f"{files.get(load.file, '((')}{load.name!r}, {load.dtype!r}), {shown})")
                 if load.packed is not None:
                     texts.append(_packed(load.packed, files))
+                if load.coded is not None:
+                    texts.append(repr((load.coded.tasks, load.coded.place)))
             elif method is not None:
                 use = uses.get((method.name, node.pool, id(node.params)))
                 if use is None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from mergekit_lite.checkpoint.coded import coded_files
 from mergekit_lite.checkpoint.meta import Checkpoint
 from mergekit_lite.plan.estimate import seconds
 from mergekit_lite.plan.model import Node, Output, OutTensor, Plan, StepView
@@ -28,7 +29,7 @@ def summary(plan: Plan, threads: int) -> list[str]:
     costs = [
         f"read {size(plan.bytes_read)}{_passes(plan)}",
         *([f"fetch {size(far)}"] if (far := bytes_fetched(plan)) else []),
-        f"write {size(plan.bytes_written)} in {shards}",
+        f"write {_most(plan)}{size(plan.bytes_written)} in {shards}",
         f"peak {_peak(plan)}",
         f"cpu, {count(threads, 'thread')}, {_blocks(plan)}{about(seconds(plan, threads))}",
     ]
@@ -39,7 +40,16 @@ def summary(plan: Plan, threads: int) -> list[str]:
         lines.append(f"{output.to}  from {output.step}")
         files = [(s.file, size(s.nbytes), count(len(s.tensors), "tensor")) for s in output.shards]
         lines += [f"  {text}" for text in _aligned(files)]
+        if output.compress is not None:
+            plain = sum(shard.nbytes for shard in output.shards[output.kept :])
+            masks = count(len(output.store), "mask")
+            lines.append(f"  {masks}, {size(plain)} at most, coded at the end: {', '.join(coded_files(output.store))}")
     return lines
+
+
+def _most(plan: Plan) -> str:
+    """`at most ` where masks are coded, which takes fewer bytes unless there is no order in them."""
+    return "at most " if any(output.compress is not None for output in plan.outputs) else ""
 
 
 def _peak(plan: Plan) -> str:
@@ -231,6 +241,7 @@ def _output(output: Output, models: Mapping[str, str]) -> dict[str, Any]:
         "step": output.step,
         "bytes": output.nbytes,
         "config_from": output.donor,
+        **({"compress": output.compress, "coded": coded_files(output.store)} if output.compress is not None else {}),
         "shards": [
             {
                 "file": shard.file,

@@ -104,7 +104,9 @@ class Builder:
 
     def load(self, meta: TensorMeta) -> Node:
         """The node that reads a tensor of a checkpoint."""
-        identity = (meta.file, meta.name)
+        identity: tuple[Any, ...] = (meta.file, meta.name)
+        if meta.coded is not None:  # masks of several tasks are one stored tensor
+            identity = (*identity, meta.coded.place)
         known = self._known.get(identity)
         if known is None:
             known = self._known[identity] = Node(len(self._known), meta.shape, "", meta)

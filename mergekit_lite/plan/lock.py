@@ -77,9 +77,10 @@ def lock_text(
 
 def made_with(recipe: Recipe) -> dict[str, str]:
     """The versions of what a run of the recipe is made with, by name: this program and its libraries, the packages of
-    further methods that the recipe uses, Python."""
+    further methods that the recipe uses, that which codes masks, Python."""
     outside = sorted({package_of(step.use) for step in recipe.steps.values()} - {"mergekit_lite"})
-    names = ("mergekit_lite", "torch", "safetensors", *outside)
+    coding = ["zstandard"] if any(save.masks is not None and save.masks.compress for save in recipe.saves) else []
+    names = ("mergekit_lite", "torch", "safetensors", *coding, *outside)
     return {**{name: version(name) for name in names}, "python": platform.python_version()}
 
 

@@ -9,10 +9,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from mergekit_lite.checkpoint.coded import library
 from mergekit_lite.checkpoint.masks import MULTI, MULTI_FILE, mask_file
 from mergekit_lite.checkpoint.meta import BIT, MERGEABLE, Checkpoint
 from mergekit_lite.checkpoint.writer import encode_header
-from mergekit_lite.errors import Mark, Problem
+from mergekit_lite.errors import InputError, Mark, Problem
 from mergekit_lite.methods.registry import all_methods
 from mergekit_lite.methods.spec import Method, Slot
 from mergekit_lite.plan.graph import Builder, Table
@@ -52,6 +53,12 @@ def mask_output(
     named are there."""
     masks = save.masks
     assert masks is not None
+    if masks.compress is not None:
+        try:
+            library()
+        except InputError as refused:
+            problems += [replace(problem, mark=masks.mark) for problem in refused.problems]
+            return None
     methods = all_methods()
     base = tables[masks.base.name]
     for ref, table in ((masks.base, base), *((r, tables[r.name]) for r in masks.tasks.values())):
@@ -88,7 +95,7 @@ def mask_output(
     for prefix, file, nodes in parts:
         dtypes = {n: out_dtype(base.dtypes[n], save.dtype) if prefix == MULTI else BIT for n in nodes}
         shards.append(_shard(prefix, file, nodes, dtypes, len(shards), recipe_text))
-    return replace(made, shards=tuple(shards), store=tuple(masks.tasks))
+    return replace(made, shards=tuple(shards), store=tuple(masks.tasks), compress=masks.compress)
 
 
 def _changes(

@@ -126,7 +126,8 @@ class Output:
     """One `save`: a folder of shards with the configuration files of `donor`, or an adapter, whose configuration
     `adapter` is. Of an adapter's tensors those of a module lie together and are one tensor here. `tokenizer`, where it
     is given, holds the files that take the place of the donor's tokenizer, by name. `indices` say, by their own names,
-    which file holds which tensor where weights are divided. `store` are the tasks of a mask store."""
+    which file holds which tensor where weights are divided. `store` are the tasks of a mask store; with `compress`
+    their masks, the last shards, are coded once all is written, and others take their place."""
 
     to: str
     step: str
@@ -137,6 +138,12 @@ class Output:
     adapter: Mapping[str, Any] | None = None
     tokenizer: Mapping[str, Path | bytes] | None = None
     store: tuple[str, ...] = ()
+    compress: str | None = None
+
+    @property
+    def kept(self) -> int:
+        """How many of the shards, the first ones, the finished output has."""
+        return len(self.shards) - (len(self.store) if self.compress is not None else 0)
 
     @property
     def tensors(self) -> tuple[OutTensor, ...]:

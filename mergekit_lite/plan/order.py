@@ -237,6 +237,6 @@ def load_bytes(node: Node, numel: int) -> int:
     load = node.load
     if load is None:
         return 0
-    if load.packed is not None:
+    if load.packed is not None or load.coded is not None:
         return sum(part.nbytes for part in load.parts) * numel // max(1, load.numel)
     return numel * STORED_BITS[load.dtype] // 8

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mergekit_lite.checkpoint.coded import FRAME
 from mergekit_lite.family.spaces import Space
 from mergekit_lite.methods.factored import ROWS as PRODUCT_ROWS
 from mergekit_lite.methods.pursuit import batch_size, pursuit_bytes
@@ -243,6 +244,9 @@ def block_bytes(nodes: Sequence[Node], block: int, size: int) -> int:
     sorting = 24 * elements if any(n.reach == "row" for n in nodes) else 0
     sums = sum(summing_bytes(n, size) for n in nodes if n.method is not None and n.method.combines)
     counters = sum(STATISTIC for n in nodes if n.reach in ("measured", "pooled"))
+    coded = {n.load.file for n in nodes if n.load is not None and n.load.coded is not None}
+    if coded:  # the latest frame of each file; one as it is read, and its bits
+        counters += (len(coded) + 4) * FRAME
     return blocks + max([sorting, *(matrix_bytes(n) for n in nodes if n.reach == "matrix")]) + counters + sums
 
 

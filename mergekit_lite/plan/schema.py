@@ -7,7 +7,7 @@ from typing import Any
 
 from mergekit_lite.methods.spec import Method, Param
 from mergekit_lite.recipe.lora import FORMS, SVDS
-from mergekit_lite.recipe.masks import THRESHOLD
+from mergekit_lite.recipe.masks import COMPRESS, THRESHOLD
 from mergekit_lite.recipe.push import BRANCH, MOST_MESSAGE
 from mergekit_lite.recipe.read import COMPUTE, NAME
 from mergekit_lite.recipe.save import DTYPES, QUANTIZE, SHORT_DTYPES, UNITS
@@ -278,6 +278,10 @@ def _save() -> Schema:
                     {"type": "object", "additionalProperties": {"type": "number", "minimum": 0}},
                 ],
             },
+            "compress": {
+                "enum": list(COMPRESS),
+                "description": "Code the masks of a mask store; a bit for each entry and task if left out.",
+            },
             "rank": {
                 "type": "integer",
                 "minimum": 1,
@@ -296,7 +300,7 @@ def _save() -> Schema:
             },
         },
         "dependentRequired": {
-            **{key: ["as"] for key in ("base", "rank", "energy", "svd", "targets", "tasks", "threshold")},
+            **{key: ["as"] for key in ("base", "rank", "energy", "svd", "targets", "tasks", "threshold", "compress")},
             "as": ["base"],
         },
         # An adapter is not stored in FP8, and with `quantize` the dtype is that of all other tensors.

@@ -17,6 +17,7 @@ from blake3 import blake3
 
 from mergekit_lite.checkpoint.header import read_header
 from mergekit_lite.checkpoint.inside import inside, read_object
+from mergekit_lite.checkpoint.masks import is_of_masks
 from mergekit_lite.checkpoint.meta import DTYPE_NAMES, TensorMeta
 from mergekit_lite.errors import printable
 from mergekit_lite.plan.explain import flowchart
@@ -26,7 +27,7 @@ from mergekit_lite.plan.words import count, size
 from mergekit_lite.publish import licence
 from mergekit_lite.publish.markdown import fenced, plain, table
 from mergekit_lite.publish.parents import Ask, Lineage, Parent, lineage, texts
-from mergekit_lite.recipe.model import Recipe
+from mergekit_lite.recipe.model import AsMasks, Recipe
 from mergekit_lite.recipe.write import dump, native
 from mergekit_lite.redact import redact
 from mergekit_lite.run.finish import CARD
@@ -51,9 +52,11 @@ def render(folder: Path, recipe: Recipe, number: int, *, ask: Ask | None = None,
     said = lock["outputs"][number]
     line = lineage(recipe, recipe.saves[number], ask)
     title = line.title if repo is None else repo.partition("/")[2]
-    tensors = [
-        meta for file in said["shards"] for meta in read_header(inside(folder, file["file"]), file["file"]).tensors
-    ]
+    files = [str(file["file"]) for file in said["shards"]]
+    store = recipe.saves[number].masks
+    if store is not None:  # bits are no parameters
+        files = [file for file in files if not is_of_masks(file)]
+    tensors = [meta for file in files for meta in read_header(inside(folder, file), file).tensors]
     nbytes = sum(int(file.get("bytes") or 0) for file in said["shards"])
     outcome = licence.combine({plain(p.shown): licence.read(p.card or {}) for p in line.parents})
     methods = list(dict.fromkeys(step.use for step in line.steps))
@@ -68,7 +71,7 @@ def render(folder: Path, recipe: Recipe, number: int, *, ask: Ask | None = None,
         "## Licence",
         "\n".join(f"- {words}" for words in _words(outcome, line.parents, ask is not None)),
         "## Figures",
-        table(["what", ""], _figures(tensors, nbytes, len(said["shards"]))),
+        table(["what", ""], [*_figures(tensors, nbytes, len(said["shards"])), *_masks(store, said["shards"])]),
         "## How to make it again",
         *_again(recipe, line, repo),
     ]
@@ -227,6 +230,15 @@ def _figures(tensors: Sequence[TensorMeta], nbytes: int, shards: int) -> list[li
         ["dtype", ", ".join(shares)],
         ["size", f"{size(nbytes)} in {count(shards, 'file')}"],
     ]
+
+
+def _masks(store: AsMasks | None, shards: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """What the masks of a mask store take."""
+    if store is None:
+        return []
+    nbytes = sum(int(file.get("bytes") or 0) for file in shards if is_of_masks(str(file["file"])))
+    how = "" if store.compress is None else f" coded with {store.compress}"
+    return [["masks", plain(f"{size(nbytes)}{how} for {', '.join(store.tasks)}")]]
 
 
 def _again(recipe: Recipe, line: Lineage, repo: str | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""The keys of a save that make a mask store of it: `as: masks`, `base`, `tasks`, `threshold`."""
+"""The keys of a save that make a mask store of it: `as: masks`, `base`, `tasks`, `threshold`, `compress`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from mergekit_lite.recipe.location import NAME
 from mergekit_lite.recipe.model import AsMasks, Ref
 from mergekit_lite.recipe.node import ListNode, MapNode, Node, ScalarNode, describe
 
-KEYS = ("as", "base", "tasks", "threshold")
+KEYS = ("as", "base", "tasks", "threshold", "compress")
+COMPRESS = ("zstd",)
 THRESHOLD = 0.4
 _EXAMPLE = (
     "for example `save: {as: masks, base: base, step: multi, tasks: [math, code], threshold: 0.4, to: out/store}`"
@@ -30,9 +31,18 @@ def read_masks(node: MapNode, read_ref: Callable[[Node, str], Ref | None], probl
     base = read_ref(node.entries["base"].value, "`base`") if "base" in node.entries else None
     tasks = _tasks(node.get("tasks"), read_ref, problems)
     thresholds = _thresholds(node.get("threshold"), list(tasks), problems)
+    compress = _compress(node.get("compress"), problems)
     if len(problems) > before or base is None:
         return None
-    return AsMasks(base, tasks, thresholds, mark)
+    return AsMasks(base, tasks, thresholds, mark, compress)
+
+
+def _compress(node: Node | None, problems: list[Problem]) -> str | None:
+    if node is None or (isinstance(node, ScalarNode) and node.value in COMPRESS):
+        return None if node is None else str(node.value)
+    hint = "leave it out to store a bit for every entry and task"
+    problems.append(Problem(f"`compress` must be zstd, not {describe(node)}", node.mark, hint))
+    return None
 
 
 def _tasks(

@@ -76,12 +76,14 @@ class AsLora:
 @dataclass(frozen=True, slots=True)
 class AsMasks:
     """A save as a mask store: `base`, the multi-task vector that the save's step is, and for each of `tasks`, models or
-    steps by name, one bit for every entry of the vector: whether the task uses it, which `thresholds` decides."""
+    steps by name, one bit for every entry of the vector: whether the task uses it, which `thresholds` decides. With
+    `compress`, `zstd`, the bits are coded."""
 
     base: Ref
     tasks: Mapping[str, Ref]
     thresholds: Mapping[str, float]
     mark: Mark
+    compress: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 QUANTIZE = ("fp8",)
 SAVE_KEYS = (
-    "step", "to", "dtype", "quantize", "shard", "push", "tokenizer", "chat_template", *LORA_KEYS, "tasks", "threshold"
+    "step", "to", "dtype", "quantize", "shard", "push", "tokenizer", "chat_template", *LORA_KEYS, "tasks", "threshold",
+    "compress",
 )  # fmt: skip
 _SIZE = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?) ?([A-Za-z]{1,3})")
 _MAX_PATH = 4096

@@ -183,6 +183,8 @@ def _masks(masks: AsMasks) -> dict[str, Any]:
     values = set(masks.thresholds.values())
     if values != {THRESHOLD}:
         data["threshold"] = values.pop() if len(values) == 1 else dict(masks.thresholds)
+    if masks.compress is not None:
+        data["compress"] = masks.compress
     return data
 
 

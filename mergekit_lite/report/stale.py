@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mergekit_lite.checkpoint.coded import coded_files
 from mergekit_lite.checkpoint.hub import is_hub_id, look
 from mergekit_lite.checkpoint.inside import read_bytes
 from mergekit_lite.checkpoint.meta import Checkpoint, ShardFile
@@ -216,10 +217,13 @@ def output_changes(plan: Plan, locked: Recipe, sizes: bool) -> Iterator[Change]:
         if needs_ranks(save):
             continue
         before = {shard["file"]: shard.get("bytes") for shard in then["shards"]}
-        now = {shard.file: shard.nbytes for shard in output.shards}
+        now: dict[str, int | None] = {shard.file: shard.nbytes for shard in output.shards[: output.kept]}
+        if output.compress is not None:  # of a size that the run finds
+            now |= dict.fromkeys(coded_files(output.store))
         for file in dict.fromkeys([*before, *now]):
             was, will = before.get(file), now.get(file)
-            if (file in before) != (file in now) or (sizes and was is not None and was != will):
+            both = sizes and was is not None and will is not None
+            if (file in before) != (file in now) or (both and was != will):
                 old, new = (None if n is None else f"{n} bytes" for n in (was, will))
                 yield Change("output", f"{output.to}: {file}", old, new)
 

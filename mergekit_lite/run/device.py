@@ -15,7 +15,7 @@ from mergekit_lite.checkpoint.dtype import TORCH_DTYPES
 from mergekit_lite.checkpoint.meta import BIT, TensorMeta
 from mergekit_lite.checkpoint.unpack import Unpacker
 from mergekit_lite.errors import StoppedError, UsageError
-from mergekit_lite.run.bits import load_bits
+from mergekit_lite.run.bits import Masks
 from mergekit_lite.run.copy import ByteSource
 from mergekit_lite.run.transplant import Shared
 
@@ -98,11 +98,13 @@ class DeviceLoader:
     _ring: list[tuple[Tensor, torch.cuda.Event]] = field(default_factory=list)
     _turn: int = 0
     _unpacker: Unpacker | None = None
+    _masks: Masks | None = None
 
     def load(self, meta: TensorMeta, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a tensor, flat, in memory of their own."""
         if meta.dtype == BIT:
-            return load_bits(self.source, meta, start, stop).to(self.device).to(self.compute)
+            self._masks = self._masks or Masks(self.source)
+            return self._masks.load(meta, start, stop).to(self.device).to(self.compute)
         if meta.packed is not None:
             self._unpacker = self._unpacker or Unpacker(self.source)
             return self._unpacker.load(meta, start, stop).to(self.device, self.compute)

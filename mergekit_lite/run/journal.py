@@ -44,14 +44,16 @@ def boot() -> str:
 
 @dataclass
 class Done:
-    """What an earlier run has finished: unit ids with their findings, and statistics by pool."""
+    """What an earlier run has finished: unit ids with their findings, statistics by pool, and whether all masks that
+    are to be coded are, so that the plain ones may be gone."""
 
     units: dict[int, dict[str, Any]] = field(default_factory=dict)
     pools: dict[str, list[Any]] = field(default_factory=dict)
+    coded: bool = False
 
     def among(self, units: Iterable[int]) -> Done:
         """What is finished of `units`, and every statistic."""
-        return Done({unit: self.units[unit] for unit in units if unit in self.units}, self.pools)
+        return Done({unit: self.units[unit] for unit in units if unit in self.units}, self.pools, self.coded)
 
 
 def path_of(folder: Path, rank: int) -> Path:
@@ -128,7 +130,7 @@ class Journal:
         self._doubtful = told.doubtful
         self._append([self._process()])
         others = self.absorb()
-        return Done(told.done.units | others.units, told.done.pools | others.pools)
+        return Done(told.done.units | others.units, told.done.pools | others.pools, told.done.coded)
 
     def absorb(self) -> Done:
         """Take in what the other ranks' journals say, and remove them. Gives what was in them."""
@@ -172,6 +174,10 @@ class Journal:
     def pool(self, name: str, stats: Sequence[Any]) -> None:
         """A statistic over all tensors."""
         self._append([{"pool": name, "stats": list(stats)}])
+
+    def coded(self) -> None:
+        """All masks are coded, and safe."""
+        self._append([{"coded": True}])
 
     def say(self, key: str, value: Any) -> None:
         """Something for the other ranks of this run."""
@@ -250,7 +256,7 @@ def _parse(path: Path, data: bytes, head: dict[str, Any]) -> _Told | None:
     told = _Told(Done(), 0, None)
     here, there = boot(), ""
     units: list[tuple[int, bool, dict[str, Any]]] = []  # where it stands, whether it was written here, the unit
-    safe = 0
+    safe, coded = 0, -1
     try:
         first, *entries = [json.loads(line) for line in lines] or [None]
         if first != head:
@@ -265,6 +271,8 @@ def _parse(path: Path, data: bytes, head: dict[str, Any]) -> _Told | None:
                     told.done.pools[pool] = stats
                 case {"safe": int(mark)}:
                     safe = max(safe, mark)
+                case {"coded": True}:
+                    coded = told.end
                 case {"process": int()}:
                     there = str(entry.get("boot", ""))
                 case {"say": str()}:
@@ -282,6 +290,7 @@ def _parse(path: Path, data: bytes, head: dict[str, Any]) -> _Told | None:
                 break
             told.doubtful = place if told.doubtful is None else told.doubtful
         told.done.units[entry["unit"]] = entry
+    told.done.coded = 0 <= coded < told.end
     return told
 
 

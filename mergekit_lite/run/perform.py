@@ -13,6 +13,7 @@ from mergekit_lite.errors import Problem, RecipeError
 from mergekit_lite.plan.decompose import decomposed
 from mergekit_lite.plan.lock import changed_inputs, changed_outputs, errors_of, lock_text, unchecked_inputs
 from mergekit_lite.plan.model import Plan
+from mergekit_lite.run.compress import coded
 from mergekit_lite.run.digest import Digests, file_digests
 from mergekit_lite.run.execute import execute
 from mergekit_lite.run.finish import (
@@ -115,6 +116,7 @@ def perform(
         digested = [[read[path] for path in mine], written]
         if ranks.number:
             peers.leave(digested)
+            finished = plan
             inputs, shards = collect(plan, [share], [digested])
         else:
             inputs, shards = collect(plan, shares, peers.exchange(LAST, digested))
@@ -122,14 +124,15 @@ def perform(
             journal.absorb()
             errors = errors_of(plan, findings.figures, findings.squares)
             told = decomposed(plan, findings.figures)
-            lock = partial(lock_text, plan, inputs, shards, errors=errors, decomposed=told)
+            finished, shards = coded(plan, shards, sink, journal, done.coded, threads)
+            lock = partial(lock_text, finished, inputs, shards, errors=errors, decomposed=told)
             complete(plan, lock, solved, keep_auto_map, card)
     return Result(
         outputs=tuple(output.to for output in plan.outputs),
         shards=shards,
         seconds=time.perf_counter() - began,
         bytes_read=findings.bytes_read,
-        bytes_written=plan.bytes_written,
+        bytes_written=finished.bytes_written,
         resumed=findings.resumed,
         nonfinite=findings.nonfinite,
         overflow=findings.overflow,
@@ -139,6 +142,6 @@ def perform(
         output_nonfinite=findings.output_nonfinite,
         errors=errors_of(plan, findings.figures, findings.squares),
         decomposed=decomposed(plan, findings.figures),
-        plan=plan,
+        plan=finished,
         bytes_fetched=findings.bytes_fetched + reader.fetched - before,
     )

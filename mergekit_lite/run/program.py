@@ -15,7 +15,7 @@ from mergekit_lite.methods.spec import Block, Method, keywords
 from mergekit_lite.plan.model import Node
 from mergekit_lite.plan.order import beside, row_length, walk
 from mergekit_lite.plan.words import count
-from mergekit_lite.run.bits import load_bits
+from mergekit_lite.run.bits import Masks
 from mergekit_lite.run.copy import ByteSource
 from mergekit_lite.run.gather import Gather, Remap
 from mergekit_lite.run.mixture import Mixture
@@ -64,6 +64,7 @@ class Loader:
     _raw: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     _views: dict[tuple[torch.dtype, int], tuple[Tensor, memoryview]] = field(default_factory=dict)
     _unpacker: Unpacker | None = None
+    _masks: Masks | None = None
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +73,8 @@ class Loader:
     def load(self, meta: TensorMeta, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a tensor, flat, in memory of their own."""
         if meta.dtype == BIT:
-            return load_bits(self.source, meta, start, stop).to(self.compute)
+            self._masks = self._masks or Masks(self.source)
+            return self._masks.load(meta, start, stop).to(self.compute)
         if meta.packed is not None:
             self._unpacker = self._unpacker or unpacker(self.source)
             return self._unpacker.load(meta, start, stop).to(self.compute)

@@ -206,7 +206,7 @@ def divide(plan: Plan, inputs: Sequence[Path], count: int) -> list[Share]:
     """The shares of `count` ranks: units in the order of the files, so that each reads and writes a stretch of them,
     with about as many bytes read and written each; a file is digested by the rank that reads or writes most of it.
     Depends on the plan alone, not on what is done already."""
-    shards = [(number, shard) for number, output in enumerate(plan.outputs) for shard in range(len(output.shards))]
+    shards = [(number, shard) for number, output in enumerate(plan.outputs) for shard in range(output.kept)]
     if count == 1:
         return [Share(plan.units, tuple(range(len(inputs))), tuple(shards))]
     weights = [_weight(unit) for unit in plan.units]
@@ -222,7 +222,8 @@ def divide(plan: Plan, inputs: Sequence[Path], count: int) -> list[Share]:
             if node.load is not None:
                 read[node.load.file][rank] += load_bytes(node, min(node.numel, unit.stop - unit.start))
         for number, tensor in unit.targets:
-            wrote[number, tensor.shard][rank] += unit.stop - unit.start
+            if (number, tensor.shard) in wrote:  # masks that will be coded have no digest yet
+                wrote[number, tensor.shard][rank] += unit.stop - unit.start
     return [
         Share(
             tuple(units[rank]),

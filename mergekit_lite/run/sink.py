@@ -54,12 +54,13 @@ class Files:
                 _make_home(folder, shard.file)
                 self._writers[-1].append(ShardFileWriter.create(folder / shard.file, shard.header, shard.nbytes))
 
-    def reopen(self) -> None:
-        """Open the files of a stopped run. Raises StoppedError where one is missing or has another size."""
+    def reopen(self, coded: bool = False) -> None:
+        """Open the files of a stopped run; not those that it has `coded`, which may be gone, and come last. Raises
+        StoppedError where one is missing or has another size."""
         for output in self._outputs:
             folder = partial(output.to)
             self._writers.append([])
-            for shard in output.shards:
+            for shard in output.shards[: output.kept] if coded else output.shards:
                 self._writers[-1].append(ShardFileWriter.open(folder / shard.file, shard.nbytes))
 
     def write(self, output: int, tensor: OutTensor, start: int, values: Tensor) -> None:

@@ -65,7 +65,7 @@ def _join_run(plan: Plan, ranks: Ranks, run: str) -> Iterator[tuple[Files, Journ
     files = Files(plan.outputs)
     try:
         journal.begin(head)
-        files.reopen()
+        files.reopen(done.coded)
         yield files, journal, done
     finally:
         files.close()
@@ -119,7 +119,7 @@ def open_run(plan: Plan, resume: bool, run: str = "") -> Iterator[tuple[Files, J
                 raise StoppedError(
                     f"the recipe or an input has changed since the run in `{folder}` was stopped", hint=hint
                 )
-            files.reopen()
+            files.reopen(done.coded)
             make_safe(files, journal)
         else:
             done = Done()
@@ -251,6 +251,7 @@ def _check_room(plan: Plan) -> None:
         parent = next(p for p in Path(output.to).resolve().parents if p.exists())
         device = os.stat(parent).st_dev
         needed[device] = needed.get(device, 0) + output.nbytes
+        needed[device] += sum(shard.nbytes for shard in output.shards[output.kept :])  # coded beside the plain ones
         if output.adapter is None:  # a tokenizer's file may be large
             donor = plan.checkpoints[output.donor]
             needed[device] += find_extras(donor, output.config, tokenizer=output.tokenizer).nbytes

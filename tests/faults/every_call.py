@@ -43,7 +43,11 @@ CONFIG = {
     "intermediate_size": 12,
     "tie_word_embeddings": False,
 }
-SAVES = {"one": "{to: o/deep/out, shard: 1KB}", "two": "[{step: m, to: o/out}, {step: m, to: o/half, dtype: float16}]"}
+SAVES = {
+    "one": "{to: o/deep/out, shard: 1KB}",
+    "two": "[{step: m, to: o/out}, {step: m, to: o/half, dtype: float16}]",
+    "masks": "{step: m, as: masks, base: a, tasks: [b, c], compress: zstd, to: o/out}",
+}
 # Steps, saves, and whether torch takes part.
 RECIPES = {
     "linear": ("m: {use: linear, of: [a, b]}", "one", False),
@@ -52,6 +56,12 @@ RECIPES = {
     "permute": (
         "p: {use: permute, of: b, like: a, with: {spaces: [mlp]}}\n  m: {use: linear, of: [a, p]}",
         "one",
+        True,
+    ),
+    "masks": (
+        "b_: {use: delta, of: b, base: a}\n  c_: {use: delta, of: c, base: a}\n"
+        "  m: {use: linear, of: [b_, c_], with: {normalize: false}}",
+        "masks",
         True,
     ),
 }
