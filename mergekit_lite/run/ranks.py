@@ -223,6 +223,10 @@ def divide(plan: Plan, inputs: Sequence[Path], count: int) -> list[Share]:
                 read[node.load.file][rank] += load_bytes(node, min(node.numel, unit.stop - unit.start))
         for number, tensor in unit.targets:
             wrote[number, tensor.shard][rank] += unit.stop - unit.start
+    for number, shard in shards:  # a file is digested once, whatever names it has
+        same = plan.outputs[number].shards[shard].same
+        if same is not None:
+            wrote[number, shard] = wrote[same]
     return [
         Share(
             tuple(units[rank]),
