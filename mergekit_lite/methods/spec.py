@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["number", "integer", "flag", "choice", "words", "reference", "path", "layers", "integers", "spans", "globs"]
+Kind = Literal[
+    "number", "integer", "flag", "choice", "words", "reference", "path", "layers", "integers", "spans", "globs"
+]
 Space = Literal["weight", "delta", "same"]
 # element: each output element needs the same element of the inputs; measured: that, after a statistic of the whole
 # tensor; pooled: that, after a statistic of all tensors of the step; row: whole rows; matrix: the whole tensor;
@@ -39,9 +41,9 @@ class Param:
 
     `per_input` settings stand beside an input in `of`, or under `with` for all inputs at once. `low` and `high` bound
     numbers; an `open_` bound itself is not allowed. A `reference` names a model or step that is a further input.
-    `words` are one or several of `choices`, given as a tuple, `integers` one or several whole numbers; `spans` are whole
-    numbers, ranges of them with both ends (`0-3`) and `choices`, `globs` patterns over tensor names; a `path` is a
-    file, for `from` also a step.
+    `words` are one or several of `choices`, given as a tuple, `integers` one or several whole numbers; `spans` are
+    whole numbers, ranges of them with both ends (`0-3`) and `choices`, `globs` patterns over tensor names; a `path` is
+    a file, for `from` also a step.
     """
 
     name: str

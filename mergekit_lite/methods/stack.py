@@ -36,8 +36,13 @@ def _check(params: Params, inputs: int) -> str | None:
 
 
 @method(
-    Param("layers", "spans", None, "layers taken from the first input, counted from 0; both ends of a range included",
-          choices=("below", "above")),
+    Param(
+        "layers",
+        "spans",
+        None,
+        "layers taken from the first input, counted from 0; both ends of a range included",
+        choices=("below", "above"),
+    ),
     Param("tensors", "globs", None, "further tensors taken from the first input, by name"),
     reach="structure",
     inputs=(2, 2),
@@ -51,10 +56,10 @@ def share(xs: Sequence[Tensor], layers: object, tensors: object) -> Tensor:
     model, the second that of one task; a step for each task, and a save for each of these steps, give as many
     checkpoints, in which what is shared is the same.
 
-    - Shared tensors are stored in files of their own. What several saves share is computed and written once: the same
-      file has a name in each of their folders (a hard link), so it takes its bytes on the disk once. A folder may be
-      removed or moved, and the others stay whole. The file is read-only: a program that wrote into it would change all
-      of them. Where folders lie on different disks, or a file system has no such links, the run writes copies and says so.
+    - Shared tensors are stored in files of their own. What several saves share is computed and written once: one file
+      has a name in each of their folders (a hard link), so it takes its bytes on the disk once. A folder may be removed
+      or moved, and the others stay whole. The file is read-only: a program that wrote into it would change all of them.
+      Where folders lie on different disks, or a file system has no such links, the run writes copies and says so.
     - `below` are the embeddings, `above` the other tensors outside the layers: the last norm, the head.
     - `merge diff A B --base BASE --split 0.2` names the layers in which the tasks agree, in the form that stands here.
 

@@ -24,8 +24,8 @@ from mergekit_lite.plan.model import Alignment, Node, Plan, StepView, Unit
 from mergekit_lite.plan.order import BLOCK, bytes_read, input_bytes, make_units, walk
 from mergekit_lite.plan.outputs import Adapters, make_outputs, saved_name
 from mergekit_lite.plan.peak import peak_bytes, peak_of
-from mergekit_lite.plan.share import build_share
 from mergekit_lite.plan.settings import check_steps, constant, references_of, statistics
+from mergekit_lite.plan.share import build_share
 from mergekit_lite.plan.stack import build_stack
 from mergekit_lite.plan.steps import Source, build_step, idle_globs
 from mergekit_lite.plan.transplant import build_transplant, conflict, without_row

@@ -12,6 +12,7 @@ from mergekit_lite.methods.fp8 import BLOCK
 from mergekit_lite.plan.graph import Table
 from mergekit_lite.plan.model import Node, Output, OutShard, OutTensor
 
+IN_HEADER = "mergekit_lite.recipe"  # the key of a shard's metadata under which the recipe stands
 SCALE = "_scale_inv"  # what the name of an FP8 weight is followed by in that of its scales
 Places = Mapping[str, tuple[tuple[str, str, tuple[int, ...], int], int]]
 # Names of dtypes as recipes write them -> safetensors codes.
@@ -38,8 +39,9 @@ def build_output(
 ) -> Output:
     """The files of one `save`, a part of the checkpoint after the other. `dtype` (a recipe's name) replaces the stored
     dtype of tensors that hold numbers to merge; integers, booleans and codes keep theirs. `shard` is the most bytes of
-    tensors in one file. The tensors `fp8` become FP8 and have their scales in the same file. `apart` are tensors that go
-    into files of their own, before all others, and the recipe's text in those files, as far as files may be divided."""
+    tensors in one file. The tensors `fp8` become FP8 and have their scales in the same file. `apart` are tensors that
+    go into files of their own, behind all others, and the recipe's text in those files, as far as files may be divided.
+    """
     stored = {name: "F8_E4M3" if name in fp8 else out_dtype(table.dtypes[name], dtype) for name in table.nodes}
     beside = {name: _scales(node.shape) for name, node in table.nodes.items() if name in fp8}
     sizes = {name: nbytes(node, stored[name]) for name, node in table.nodes.items()}
@@ -61,7 +63,7 @@ def build_output(
         home = f"{part.folder}/" if part.folder else ""
         weight_map: dict[str, str] = {}
         for file, (names, text) in zip(files, groups, strict=True):
-            metadata = {**kept, "format": "pt", "mergekit_lite.recipe": recipe_text if text is None else text}
+            metadata = {**kept, "format": "pt", IN_HEADER: recipe_text if text is None else text}
             rows = [(n, stored[n], table.nodes[n].shape, nbytes(table.nodes[n], stored[n])) for n in names]
             scales = [(f"{n}{SCALE}", "F32", beside[n], 4 * math.prod(beside[n])) for n in names if n in beside]
             if scales:  # the widest numbers first, so that each begins at a multiple of its size
@@ -95,14 +97,14 @@ def by_part(table: Table) -> list[tuple[Part, list[str]]]:
     return [(part, found[part.prefix]) for part in parts]
 
 
-def _divided(
-    members: list[str], apart: Sequence[tuple[Container[str], str]]
-) -> list[tuple[list[str], str | None]]:
-    """The tensors of each group that goes into files of its own, with the group's text, then the others."""
-    found: list[tuple[list[str], str | None]] = []
+def _divided(members: list[str], apart: Sequence[tuple[Container[str], str]]) -> list[tuple[list[str], str | None]]:
+    """The tensors that do not go into files of their own, then those of each group that does, with the group's text."""
+    # In this order, because what is read first of a checkpoint's metadata holds for the whole of it.
+    found: list[tuple[list[str], str | None]] = [
+        ([name for name in members if not any(name in group for group, _ in apart)], None)
+    ]
     for group, text in apart:
         found.append(([name for name in members if name in group], text))
-    found.append(([name for name in members if not any(name in group for group, _ in apart)], None))
     return [pair for pair in found if pair[0]] or [(members, None)]
 
 

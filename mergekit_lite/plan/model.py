@@ -220,10 +220,10 @@ class Plan:
 
     `bytes_read` counts every pass over the inputs, `bytes_input` each input tensor once, `bytes_written` the shards,
     those that several outputs share once, `peak_bytes` the anonymous memory that blocks of `block` elements in
-    `threads` threads need at most; where `memory` sets a budget, the run keeps to these two. `tied` are pairs of stored tensors (alias, canonical) that must hold the
-    same numbers, since the configuration says that they are one: only the canonical one is merged. `ranks` are those of
-    the changes in adapters saved with `energy`, by the number of the save; without them such an output is laid out for
-    the largest ranks there can be.
+    `threads` threads need at most; where `memory` sets a budget, the run keeps to these two. `tied` are pairs of stored
+    tensors (alias, canonical) that must hold the same numbers, since the configuration says that they are one: only the
+    canonical one is merged. `ranks` are those of the changes in adapters saved with `energy`, by the number of the
+    save; without them such an output is laid out for the largest ranks there can be.
     """
 
     recipe: Recipe

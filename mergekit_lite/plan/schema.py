@@ -220,7 +220,9 @@ def _scalar(param: Param) -> Schema:
         number: Schema = {"type": "integer", "minimum": param.low or 0}
         return {"anyOf": [number, {"type": "array", "items": number, "minItems": 1}]}
     if param.kind == "spans":
-        item: Schema = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": _span(param.choices)}]}
+        item: Schema = {
+            "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": _span(param.choices)}]
+        }
         return {"anyOf": [*item["anyOf"], {"type": "array", "items": item, "minItems": 1}]}
     if param.kind == "globs":
         name: Schema = {"type": "string", "minLength": 1}
