@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mergekit_lite.cli import bar, show
 
 if TYPE_CHECKING:
+    from mergekit_lite.report.split import Split
     from mergekit_lite.report.task_vectors import Overlap, TaskVectors
 
 FIGURES = ("cosine", "conflict", "overlap")
@@ -16,20 +17,32 @@ LEFT = 5  # tensors without figures that are named
 
 
 def compare_task_vectors(
-    base: str, models: Sequence[str], opening: Mapping[str, bool], threads: int, limit: int, json: bool
+    base: str,
+    models: Sequence[str],
+    opening: Mapping[str, bool],
+    threads: int,
+    limit: int,
+    json: bool,
+    threshold: float | None = None,
 ) -> None:
     """Compare the task vectors of `models` and print what is found. `opening` is how checkpoints are opened, `limit`
-    how many tensors are shown, 0 for all. Raises InputError."""
+    how many tensors are shown, 0 for all. With a `threshold` it is told which layers have a cosine as high as that.
+    Raises InputError."""
     from mergekit_lite.report.look import open_location
+    from mergekit_lite.report.split import split
     from mergekit_lite.report.task_vectors import task_vectors
 
     start, *others = (open_location(location, **opening) for location in (base, *models))
     with bar.reading("compare", sum(meta.nbytes for meta in start.tensors.values())) as advance:
         found = task_vectors(start, others, threads=threads, advance=advance)
+    scores = {name: one.cosine for name, one in found.layers.items()}
+    divided = None if threshold is None else split(start, others, scores, threshold)
     if json:
-        show.json(found.as_json())
+        show.json(found.as_json() | ({} if divided is None else {"split": divided.as_json()}))
     else:
         _show(found, limit)
+        for text in () if divided is None else _divided(divided):
+            show.line(text)
     show.warnings([note for checkpoint in (start, *others) for note in checkpoint.notes])
     for text in _remarks(found):
         show.note(text)
@@ -61,6 +74,15 @@ def _show(found: TaskVectors, limit: int) -> None:
     parts = [show.count(len(found.tensors), "tensor"), show.count(len(names), "model")]
     parts += [f"{name} {cell}" for name, cell in zip(FIGURES, _cells(found.whole), strict=True)]
     show.line(" · ".join(parts))
+
+
+def _divided(found: Split) -> list[str]:
+    """What a step `use: share` may take from a merged model, and what each model keeps."""
+    kept = f"own, as their cosine is below {found.threshold:g} or not known: {', '.join(found.own)}"
+    if not found.settings:
+        return [f"nothing to share: no layer has a cosine of {found.threshold:g} or more"]
+    head = f"to share, as their cosine is at least {found.threshold:g} or nothing is changed twice (`use: share`):"
+    return [head, *(f"  {line}" for line in found.text()), *([kept] if found.own else [])]
 
 
 def _cells(one: Overlap) -> list[str]:

@@ -102,6 +102,8 @@ class Param:
             whole = value if isinstance(value, tuple) and value else (value,)
             wrong = [v for v in whole if isinstance(v, bool) or not isinstance(v, int) or v < (self.low or 0)]
             return f"`{self.name}` are {self.range_text()}, not {wrong[0]!r}" if wrong else None
+        if self.kind in ("spans", "globs") and value == ():
+            return f"`{self.name}` is an empty list"
         if self.kind == "spans":
             wrong = [item for item in _listed(value) if item not in self.choices and span_of(item) is None]
             return f"`{self.name}` are {self.range_text()}, not {wrong[0]!r}" if wrong else None
@@ -123,8 +125,8 @@ class Param:
 
 
 def _listed(value: Any) -> tuple[Any, ...]:
-    """One or several of something, as several; one that is wrong where there is none."""
-    return (value if isinstance(value, tuple) else (value,)) or (None,)
+    """One or several of something, as several."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 def span_of(item: Any) -> tuple[int, int] | None:
