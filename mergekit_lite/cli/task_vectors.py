@@ -82,7 +82,7 @@ def _divided(found: Split) -> list[str]:
     if not found.settings:
         return [f"nothing to share: no layer has a cosine of {found.threshold:g} or more"]
     head = f"to share, as their cosine is at least {found.threshold:g} or nothing is changed twice (`use: share`):"
-    return [head, *(f"  {line}" for line in found.text()), *([kept] if found.own else [])]
+    return [head, *(f"  {line}" for line in found.text), *([kept] if found.own else [])]
 
 
 def _cells(one: Overlap) -> list[str]:

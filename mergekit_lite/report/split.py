@@ -32,6 +32,7 @@ class Split:
         given = {"layers": list(self.layers), "tensors": list(self.tensors)}
         return {key: value for key, value in given.items() if value}
 
+    @property
     def text(self) -> list[str]:
         """`with: {layers: [0-3], tensors: [head.*]}`, as a recipe has it, in lines."""
         return dump({"with": self.settings}).splitlines()
