@@ -28,8 +28,8 @@ class Split:
     own: tuple[str, ...]
 
     @property
-    def settings(self) -> dict[str, list[int | str] | list[str]]:
-        given = {"layers": list(self.layers), "tensors": list(self.tensors)}
+    def settings(self) -> dict[str, list[int | str]]:
+        given: dict[str, list[int | str]] = {"layers": list(self.layers), "tensors": list(self.tensors)}
         return {key: value for key, value in given.items() if value}
 
     @property
