@@ -24,6 +24,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "magprune": {"density": 0.5},
     "nearswap": {"t": 1e-4},
     "sce": {"select_topk": 0.5},
+    "share": {"layers": [0]},
     "slerp": {"t": 0.4},
     "slice": {"d_ff": 32},
     "sparsify": {"density": 0.2},

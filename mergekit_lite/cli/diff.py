@@ -83,6 +83,17 @@ def diff(
         bool,
         typer.Option("--directions", help="Compare singular directions too, which decomposes every matrix."),
     ] = False,
+    split: Annotated[
+        float | None,
+        typer.Option(
+            "--split",
+            metavar="X",
+            min=-1.0,
+            max=1.0,
+            help="With --base, name the layers whose cosine is at least X, as `use: share` takes them.",
+            show_default=False,
+        ),
+    ] = None,
     fetch: options.Fetch = options.Source.cache,
     offline: options.Offline = False,
     threads: options.Threads = None,
@@ -97,11 +108,11 @@ def diff(
     the same of the largest ones: what a matching of units raises (arXiv 2402.04051).
 
     With --base two or more models are compared by their task vectors, model minus base. `cosine` is the mean over all
-    pairs of models: layers where it is low are better kept apart than merged. `conflict` is the share of the entries
-    that several models change in which their signs differ, `overlap` the mean over pairs of |A and B| / |A or B| of the
-    entries that they change. --gradients adds the cosine of the gradients of their tasks' losses at the model that
-    they would share, which `merge stats MERGED --collect gradient` writes. That is a measure and no verdict: it leaves
-    with 0.
+    pairs of models: layers where it is low are better kept apart than merged, and --split lists the others. `conflict`
+    is the share of the entries that several models change in which their signs differ, `overlap` the mean over pairs of
+    |A and B| / |A or B| of the entries that they change. --gradients adds the cosine of the gradients of their tasks'
+    losses at the model that they would share, which `merge stats MERGED --collect gradient` writes; --split then goes
+    by that. That is a measure and no verdict: it leaves with 0.
     """
     from mergekit_lite import merge
     from mergekit_lite.report.diff import diff as compare
@@ -120,8 +131,13 @@ def diff(
             raise UsageError("`--base` compares task vectors, which have no such setting", hint=hint)
         opening = {"offline": offline, "stream": fetch is options.Source.stream}
         shown = ROWS if limit is None else limit
-        compare_task_vectors(base, models, opening, threads or merge.default_threads(), shown, json, gradients or ())
+        rows = threads or merge.default_threads()
+        compare_task_vectors(base, models, opening, rows, shown, json, gradients or (), split)
         return
+    if split is not None:
+        raise UsageError(
+            "`--split` goes by the cosines of task vectors", hint="name what was fine-tuned: `--base BASE`"
+        )
     if more:
         hint = "name what they were all made from: `merge diff A B C --base BASE`"
         raise UsageError(f"without `--base` two checkpoints are compared, not {len(models)}", hint=hint)

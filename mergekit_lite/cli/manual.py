@@ -93,9 +93,9 @@ def default_text(param: Param) -> str:
     """The default in words."""
     if param.required:
         return "required"
-    return (
-        ("all" if param.kind in ("layers", "integers") else "auto") if param.default is None else plain(param.default)
-    )
+    if param.default is not None:
+        return plain(param.default)
+    return {"layers": "all", "integers": "all", "spans": "none", "globs": "none"}.get(param.kind, "auto")
 
 
 def example(method: Method) -> str:

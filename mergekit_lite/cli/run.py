@@ -19,7 +19,7 @@ from mergekit_lite.errors import InterruptedRun, MergeError, Problem, printable
 
 if TYPE_CHECKING:
     from mergekit_lite.merge import Result
-    from mergekit_lite.plan.model import Plan
+    from mergekit_lite.plan.model import Output, Plan
     from mergekit_lite.run.progress import Progress
     from mergekit_lite.run.ranks import Ranks
 
@@ -108,6 +108,7 @@ def run(
                 f"wrote {output.to}",
                 show.count(len(output.shards), "shard"),
                 f"{show.size(output.nbytes)} in {show.seconds(result.seconds)}",
+                *_shared(made, output, result.linked.get(output.to, 0)),
                 f"lock {Path(output.to) / 'recipe.lock.yaml'}",
             ]
             show.line(" · ".join(parts))
@@ -125,6 +126,12 @@ def run(
         tell(done)
     if result.changed:
         raise typer.Exit(1)
+
+
+def _shared(plan: Plan, output: Output, linked: int) -> list[str]:
+    """How many bytes of an output are files of earlier ones, and of which; nothing where none are."""
+    first = dict.fromkeys(plan.outputs[shard.same[0]].to for shard in output.shards if shard.same is not None)
+    return [f"{show.size(linked)} of it shared with {', '.join(first)}"] if linked else []
 
 
 def findings(result: Result) -> list[Problem]:
@@ -246,6 +253,7 @@ def as_json(plan: Plan, result: Result, warnings: list[Problem]) -> dict[str, An
             {
                 "to": output.to,
                 "bytes": output.nbytes,
+                "bytes_linked": result.linked.get(output.to, 0),
                 "lock": str(Path(output.to) / "recipe.lock.yaml"),
                 "shards": [
                     {"file": s.file, "bytes": s.nbytes, "blake3": result.shards[output.to][s.file]}

@@ -12,6 +12,7 @@ from mergekit_lite.cli import bar, show
 if TYPE_CHECKING:
     from mergekit_lite.checkpoint.meta import Checkpoint
     from mergekit_lite.report.gradients import Gradients
+    from mergekit_lite.report.split import Split
     from mergekit_lite.report.task_vectors import Overlap, TaskVectors
 
 FIGURES = ("cosine", "conflict", "overlap")
@@ -26,10 +27,13 @@ def compare_task_vectors(
     limit: int,
     json: bool,
     gradients: Sequence[Path] = (),
+    threshold: float | None = None,
 ) -> None:
     """Compare the task vectors of `models` and print what is found. `opening` is how checkpoints are opened, `limit`
-    how many tensors are shown, 0 for all; `gradients` are files of the tasks' gradients. Raises InputError."""
+    how many tensors are shown, 0 for all; `gradients` are files of the tasks' gradients. With a `threshold` it is told
+    which layers have a cosine as high as that, of the gradients where they are given. Raises InputError."""
     from mergekit_lite.report.look import open_location
+    from mergekit_lite.report.split import split
     from mergekit_lite.report.task_vectors import task_vectors
 
     start, *others = (open_location(location, **opening) for location in (base, *models))
@@ -37,10 +41,16 @@ def compare_task_vectors(
     with bar.reading("compare", sum(meta.nbytes for meta in start.tensors.values())) as advance:
         found = task_vectors(start, others, threads=threads, advance=advance)
     pulls = _pulls(start, others, slopes, threads)
+    cosines = found.layers if pulls is None else pulls.layers
+    scores = {name: one.cosine for name, one in cosines.items()}
+    divided = None if threshold is None else split(start, others, scores, threshold)
     if json:
-        show.json(found.as_json() | ({"gradients": pulls.as_json()} if pulls is not None else {}))
+        more = {"gradients": pulls.as_json()} if pulls is not None else {}
+        show.json(found.as_json() | more | ({} if divided is None else {"split": divided.as_json()}))
     else:
         _show(found, limit, pulls)
+        for text in () if divided is None else _divided(divided):
+            show.line(text)
     show.warnings([note for checkpoint in (start, *others) for note in checkpoint.notes])
     for text in _remarks(found, pulls):
         show.note(text)
@@ -113,6 +123,15 @@ def _show(found: TaskVectors, limit: int, pulls: Gradients | None) -> None:
     parts += [f"{name} {cell}" for name, cell in zip(FIGURES, _cells(found.whole), strict=True)]
     parts += [f"gradients {cell}" for cell in pulled(pulls.whole if pulls else None)]
     show.line(" · ".join(parts))
+
+
+def _divided(found: Split) -> list[str]:
+    """What a step `use: share` may take from a merged model, and what each model keeps."""
+    kept = f"own, as their cosine is below {found.threshold:g} or not known: {', '.join(found.own)}"
+    if not found.settings:
+        return [f"nothing to share: no layer has a cosine of {found.threshold:g} or more"]
+    head = f"to share, as their cosine is at least {found.threshold:g} or nothing is changed twice (`use: share`):"
+    return [head, *(f"  {line}" for line in found.text), *([kept] if found.own else [])]
 
 
 def _cells(one: Overlap) -> list[str]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import keyword
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["number", "integer", "flag", "choice", "words", "reference", "path", "layers", "integers"]
+Kind = Literal[
+    "number", "integer", "flag", "choice", "words", "reference", "path", "layers", "integers", "spans", "globs"
+]
 Space = Literal["weight", "delta", "same"]
 # element: each output element needs the same element of the inputs; measured: that, after a statistic of the whole
 # tensor; pooled: that, after a statistic of all tensors of the step; row: whole rows; matrix: the whole tensor;
@@ -38,8 +41,9 @@ class Param:
 
     `per_input` settings stand beside an input in `of`, or under `with` for all inputs at once. `low` and `high` bound
     numbers; an `open_` bound itself is not allowed. A `reference` names a model or step that is a further input.
-    `words` are one or several of `choices`, given as a tuple, `integers` one or several whole numbers; a `path` is a
-    file, for `from` also a step.
+    `words` are one or several of `choices`, given as a tuple, `integers` one or several whole numbers; `spans` are
+    whole numbers, ranges of them with both ends (`0-3`) and `choices`, `globs` patterns over tensor names; a `path` is
+    a file, for `from` also a step.
     """
 
     name: str
@@ -71,6 +75,10 @@ class Param:
             return "model or step"
         if self.kind == "integers":
             return f"whole numbers from {self.low:g}"
+        if self.kind == "spans":
+            return " | ".join(["numbers", "ranges such as 0-3", *self.choices])
+        if self.kind == "globs":
+            return "names, * for any text"
         if self.low is None and self.high is None:
             return "any integer" if self.kind == "integer" else "any number"
         left = "(-inf" if self.low is None else f"{'(' if self.open_low else '['}{self.low:g}"
@@ -94,6 +102,14 @@ class Param:
             whole = value if isinstance(value, tuple) and value else (value,)
             wrong = [v for v in whole if isinstance(v, bool) or not isinstance(v, int) or v < (self.low or 0)]
             return f"`{self.name}` are {self.range_text()}, not {wrong[0]!r}" if wrong else None
+        if self.kind in ("spans", "globs") and value == ():
+            return f"`{self.name}` is an empty list"
+        if self.kind == "spans":
+            wrong = [item for item in _listed(value) if item not in self.choices and span_of(item) is None]
+            return f"`{self.name}` are {self.range_text()}, not {wrong[0]!r}" if wrong else None
+        if self.kind == "globs":
+            wrong = [item for item in _listed(value) if not (isinstance(item, str) and item)]
+            return f"`{self.name}` are names of tensors, not {wrong[0]!r}" if wrong else None
         if self.kind == "layers":
             return None if _is_range(value) else f"`{self.name}` is [start, stop) with 0 <= start < stop, not {value!r}"
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -106,6 +122,20 @@ class Param:
         if above and below and value == value and abs(value) != float("inf"):
             return None
         return f"`{self.name}` must lie in {self.range_text()}, not {value!r}"
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    """One or several of something, as several."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def span_of(item: Any) -> tuple[int, int] | None:
+    """The first and the last number that an entry of `spans` means, as `7` or `0-3`; None where it is neither."""
+    match = re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", item) if isinstance(item, str) else None
+    if match is not None:
+        first, last = int(match[1]), int(match[2])
+        return (first, last) if first <= last else None
+    return (item, item) if isinstance(item, int) and not isinstance(item, bool) and item >= 0 else None
 
 
 def _is_range(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Tensors taken over as they are: layers put one above the other, one model passed on."""
+"""Tensors taken over as they are: layers put one above the other, some shared with other models, one passed on."""
 
 from __future__ import annotations
 
@@ -27,6 +27,50 @@ def stack(xs: Sequence[Tensor], layers: Sequence[tuple[int, int] | None]) -> Ten
     Source: Goddard et al., Arcee's MergeKit, EMNLP 2024 (industry track), arXiv 2403.13257 (its passthrough method).
     """
     raise TypeError("`stack` is carried out by the plan, tensor by tensor there is nothing to compute")
+
+
+def _check(params: Params, inputs: int) -> str | None:
+    if params["layers"] is None and params["tensors"] is None:
+        return "`share` needs one of `layers` and `tensors`: what is taken from the first input."
+    return None
+
+
+@method(
+    Param(
+        "layers",
+        "spans",
+        None,
+        "layers taken from the first input, counted from 0; both ends of a range included",
+        choices=("below", "above"),
+    ),
+    Param("tensors", "globs", None, "further tensors taken from the first input, by name"),
+    reach="structure",
+    inputs=(2, 2),
+    check=_check,
+    paper="NEAS, CVPR 2021, arXiv 2104.00597",
+)
+def share(xs: Sequence[Tensor], layers: object, tensors: object) -> Tensor:
+    """Share some layers with other models and keep the rest: a partial merge.
+
+    out = x_1 for the tensors that `layers` or `tensors` name, out = x_2 for all others. The first input is a merged
+    model, the second that of one task; a step for each task, and a save for each of these steps, give as many
+    checkpoints, in which what is shared is the same.
+
+    - Shared tensors are stored in files of their own. What several saves share is computed and written once: one file
+      has a name in each of their folders (a hard link), so it takes its bytes on the disk once. A folder may be removed
+      or moved, and the others stay whole. The file is read-only: a program that wrote into it would change all of them.
+      Where folders lie on different disks, or a file system has no such links, the run writes copies and says so.
+    - `below` are the embeddings, `above` the other tensors outside the layers: the last norm, the head.
+    - `merge diff A B --base BASE --split 0.2` names the layers in which the tasks agree, in the form that stands here.
+
+    Works on names, not on numbers: each tensor is copied as it is, in its stored dtype, or computed as its step says.
+    Names, configuration and tokenizer are those of the second input; what is shared must have one shape in both. The
+    plan carries it out, so there is nothing to compute here; calling it raises TypeError.
+
+    Sources: Chen et al., One-Shot Neural Ensemble Architecture Search by Diversity-Guided Search Space Shrinking, CVPR
+    2021, arXiv 2104.00597 (networks that share their first layers).
+    """
+    raise TypeError("`share` is carried out by the plan, tensor by tensor there is nothing to compute")
 
 
 def _pick(params: Params, inputs: int) -> int | None:

@@ -25,6 +25,7 @@ from mergekit_lite.plan.order import BLOCK, bytes_read, input_bytes, make_units,
 from mergekit_lite.plan.outputs import Adapters, make_outputs, saved_name
 from mergekit_lite.plan.peak import peak_bytes, peak_of
 from mergekit_lite.plan.settings import check_steps, constant, references_of, statistics
+from mergekit_lite.plan.share import build_share
 from mergekit_lite.plan.stack import build_stack
 from mergekit_lite.plan.steps import Source, build_step, idle_globs
 from mergekit_lite.plan.transplant import build_transplant, conflict, without_row
@@ -145,7 +146,7 @@ def _build(
         alignments=alignments,
         bytes_read=bytes_read(units, pools, alignments),
         bytes_input=input_bytes(units),
-        bytes_written=sum(output.nbytes for output in outputs),
+        bytes_written=sum(output.nbytes - output.linked for output in outputs),
         peak_bytes=peak_bytes(peak_of(units, pools, alignments, block, size), threads),
         digest=plan_digest(recipe, outputs, units, pools, alignments, checkpoints, builder.count),
         threads=threads,
@@ -257,6 +258,8 @@ def _step(
 
         named = {ref.name: source(ref) for ref in statistics(step, method)}
         table, found = build_bang(builder, step, method, sources, named, methods["delta"], methods["add"])
+    elif method.name == "share":
+        table, found = build_share(builder, step, method, *sources)
     elif method.reach == "structure":
         others = [source(ref) if ref else None for ref in (step.rest, step.below, step.above)]
         table, found = build_stack(step, sources, *others)

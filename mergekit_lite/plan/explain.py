@@ -9,7 +9,7 @@ from typing import Any
 from mergekit_lite.checkpoint.coded import coded_files
 from mergekit_lite.checkpoint.meta import Checkpoint
 from mergekit_lite.plan.estimate import seconds
-from mergekit_lite.plan.model import Node, Output, OutTensor, Plan, StepView
+from mergekit_lite.plan.model import Node, Output, OutShard, OutTensor, Plan, StepView
 from mergekit_lite.plan.streaming import bytes_fetched
 from mergekit_lite.plan.transplant import transplanted
 from mergekit_lite.plan.vocabulary import vocabulary
@@ -29,7 +29,7 @@ def summary(plan: Plan, threads: int) -> list[str]:
     costs = [
         f"read {size(plan.bytes_read)}{_passes(plan)}",
         *([f"fetch {size(far)}"] if (far := bytes_fetched(plan)) else []),
-        f"write {_most(plan)}{size(plan.bytes_written)} in {shards}",
+        f"write {_most(plan)}{size(plan.bytes_written)} in {shards}{_linked(plan)}",
         f"peak {_peak(plan)}",
         f"cpu, {count(threads, 'thread')}, {_blocks(plan)}{about(seconds(plan, threads))}",
     ]
@@ -38,7 +38,7 @@ def summary(plan: Plan, threads: int) -> list[str]:
         lines += vocabulary(plan.vocabulary)
     for output in plan.outputs:
         lines.append(f"{output.to}  from {output.step}")
-        files = [(s.file, size(s.nbytes), count(len(s.tensors), "tensor")) for s in output.shards]
+        files = [(s.file, size(s.nbytes), count(len(s.tensors), "tensor"), _same(s, plan)) for s in output.shards]
         lines += [f"  {text}" for text in _aligned(files)]
         if output.compress is not None:
             plain = sum(shard.nbytes for shard in output.shards[output.kept :])
@@ -50,6 +50,25 @@ def summary(plan: Plan, threads: int) -> list[str]:
 def _most(plan: Plan) -> str:
     """`at most ` where masks are coded, which takes fewer bytes unless there is no order in them."""
     return "at most " if any(output.compress is not None for output in plan.outputs) else ""
+
+
+def _linked(plan: Plan) -> str:
+    """`, 8.0 MB more are further names of these` where outputs share files."""
+    shared = sum(output.linked for output in plan.outputs)
+    return f", {size(shared)} more are further names of these" if shared else ""
+
+
+def _same(shard: OutShard, plan: Plan) -> str:
+    """`= out/a/model-00001-of-00002.safetensors` of a shard that is a further name of another."""
+    return "" if shard.same is None else f"= {first_file(shard, plan)}"
+
+
+def first_file(shard: OutShard, plan: Plan) -> str | None:
+    """The path of the shard of which this one is a further name; None where it is none."""
+    if shard.same is None:
+        return None
+    output = plan.outputs[shard.same[0]]
+    return f"{output.to}/{output.shards[shard.same[1]].file}"
 
 
 def _peak(plan: Plan) -> str:
@@ -214,6 +233,7 @@ def as_json(plan: Plan, threads: int) -> dict[str, Any]:
         "bytes_read": plan.bytes_read,
         "bytes_fetched": bytes_fetched(plan),
         "bytes_written": plan.bytes_written,
+        "bytes_linked": sum(output.linked for output in plan.outputs),
         "peak_bytes": plan.peak_bytes,
         "memory": None if plan.memory is None else {"budget": plan.memory.budget, "peak": plan.memory.peak},
         "threads": threads,
@@ -221,7 +241,7 @@ def as_json(plan: Plan, threads: int) -> dict[str, Any]:
         "seconds": round(seconds(plan, threads), 1),
         "units": len(plan.units),
         "vocabulary": None if plan.vocabulary is None else asdict(plan.vocabulary),
-        "outputs": [_output(output, models) for output in plan.outputs],
+        "outputs": [_output(output, models, plan) for output in plan.outputs],
         "warnings": [problem.as_json() for problem in plan.warnings],
     }
 
@@ -235,17 +255,19 @@ def _adapter(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return {"location": adapter.location, "revision": adapter.revision, **counts}
 
 
-def _output(output: Output, models: Mapping[str, str]) -> dict[str, Any]:
+def _output(output: Output, models: Mapping[str, str], plan: Plan) -> dict[str, Any]:
     return {
         "to": output.to,
         "step": output.step,
         "bytes": output.nbytes,
+        "bytes_linked": output.linked,
         "config_from": output.donor,
         **({"compress": output.compress, "coded": coded_files(output.store)} if output.compress is not None else {}),
         "shards": [
             {
                 "file": shard.file,
                 "bytes": shard.nbytes,
+                "same_as": first_file(shard, plan),
                 "tensors": [
                     {
                         "name": tensor.name,

@@ -53,6 +53,15 @@ class Table:
     adopted: Adopted | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a `share` takes from its first input: the model or step that a tensor is of, by the tensor's name. `recast`
+    are those that the second input stores in another dtype."""
+
+    names: Mapping[str, str]
+    recast: tuple[str, ...] = ()
+
+
 class PoolConflict(Exception):
     """Tensors that share a statistic over the whole model have different settings."""
 
@@ -92,6 +101,7 @@ class Builder:
     alignments: dict[str, Alignment] = field(default_factory=dict)
     # By step: the alignment whose order its tensors have, and whether that is undone.
     orders: dict[str, tuple[Alignment, bool]] = field(default_factory=dict)
+    taken: dict[str, Taken] = field(default_factory=dict)  # by step that is a `share`
     remarks: list[Problem] = field(default_factory=list)  # what deserves a warning
     _known: dict[Any, Node] = field(default_factory=dict)
     _kinds: dict[Any, int] = field(default_factory=dict)

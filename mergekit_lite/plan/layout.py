@@ -12,6 +12,7 @@ from mergekit_lite.methods.fp8 import BLOCK
 from mergekit_lite.plan.graph import Table
 from mergekit_lite.plan.model import Node, Output, OutShard, OutTensor
 
+IN_HEADER = "mergekit_lite.recipe"  # the key of a shard's metadata under which the recipe stands
 SCALE = "_scale_inv"  # what the name of an FP8 weight is followed by in that of its scales
 Places = Mapping[str, tuple[tuple[str, str, tuple[int, ...], int], int]]
 # Names of dtypes as recipes write them -> safetensors codes.
@@ -34,10 +35,13 @@ def build_output(
     shard: int,
     recipe_text: str,
     fp8: Container[str] = (),
+    apart: Sequence[tuple[Container[str], str]] = (),
 ) -> Output:
     """The files of one `save`, a part of the checkpoint after the other. `dtype` (a recipe's name) replaces the stored
     dtype of tensors that hold numbers to merge; integers, booleans and codes keep theirs. `shard` is the most bytes of
-    tensors in one file. The tensors `fp8` become FP8 and have their scales in the same file."""
+    tensors in one file. The tensors `fp8` become FP8 and have their scales in the same file. `apart` are tensors that
+    go into files of their own, behind all others, and the recipe's text in those files, as far as files may be divided.
+    """
     stored = {name: "F8_E4M3" if name in fp8 else out_dtype(table.dtypes[name], dtype) for name in table.nodes}
     beside = {name: _scales(node.shape) for name, node in table.nodes.items() if name in fp8}
     sizes = {name: nbytes(node, stored[name]) for name, node in table.nodes.items()}
@@ -45,18 +49,21 @@ def build_output(
         sizes[name] += 4 * math.prod(shape)
     # "format" is what transformers looks for; the recipe travels with every shard.
     kept = table.form.metadata if table.form is not None else {}
-    metadata = {**kept, "format": "pt", "mergekit_lite.recipe": recipe_text}
     shards: list[OutShard] = []
     indices: dict[str, Mapping[str, Any]] = {}
     for part, members in by_part(table):
         total = sum(sizes[name] for name in members)
-        groups = _fill({name: sizes[name] for name in members}, total if part.whole else shard)
+        groups: list[tuple[list[str], str | None]] = []
+        for names, text in _divided(members, () if part.whole else apart):
+            filled = _fill({name: sizes[name] for name in names}, total if part.whole else shard)
+            groups += [(group, text) for group in filled]
         files = [f"{part.stem}.safetensors"] if len(groups) == 1 else [
             f"{part.stem}-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)
         ]  # fmt: skip
         home = f"{part.folder}/" if part.folder else ""
         weight_map: dict[str, str] = {}
-        for file, names in zip(files, groups, strict=True):
+        for file, (names, text) in zip(files, groups, strict=True):
+            metadata = {**kept, "format": "pt", IN_HEADER: recipe_text if text is None else text}
             rows = [(n, stored[n], table.nodes[n].shape, nbytes(table.nodes[n], stored[n])) for n in names]
             scales = [(f"{n}{SCALE}", "F32", beside[n], 4 * math.prod(beside[n])) for n in names if n in beside]
             if scales:  # the widest numbers first, so that each begins at a multiple of its size
@@ -70,7 +77,8 @@ def build_output(
                 return OutTensor(name, shape, code, node, number, start, size, scale)
 
             tensors = tuple(made(name, table.nodes[name], len(shards), places) for name in names)
-            shards.append(OutShard(home + file, header, len(header) + sum(row[3] for row in rows), tensors))
+            size = len(header) + sum(row[3] for row in rows)
+            shards.append(OutShard(home + file, header, size, tensors, apart=text is not None))
             weight_map |= {t.name.removeprefix(part.prefix): file for tensor in tensors for t in tensor.parts}
         if len(groups) > 1:
             name = f"{home}{part.stem}.safetensors.index.json"
@@ -87,6 +95,17 @@ def by_part(table: Table) -> list[tuple[Part, list[str]]]:
         if home is not None:
             found[home].append(name)
     return [(part, found[part.prefix]) for part in parts]
+
+
+def _divided(members: list[str], apart: Sequence[tuple[Container[str], str]]) -> list[tuple[list[str], str | None]]:
+    """The tensors that do not go into files of their own, then those of each group that does, with the group's text."""
+    # In this order, because what is read first of a checkpoint's metadata holds for the whole of it.
+    found: list[tuple[list[str], str | None]] = [
+        ([name for name in members if not any(name in group for group, _ in apart)], None)
+    ]
+    for group, text in apart:
+        found.append(([name for name in members if name in group], text))
+    return [pair for pair in found if pair[0]] or [(members, None)]
 
 
 def _scales(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -113,12 +113,16 @@ class OutTensor:
 
 @dataclass(frozen=True, slots=True)
 class OutShard:
-    """One output file: its name, its header (length prefix included) and its size in bytes."""
+    """One output file: its name, its header (length prefix included) and its size in bytes. `apart` says that a `share`
+    keeps its tensors apart from the others, since more outputs may have them; `same` is the shard, by the numbers of
+    its output and of its own, of which this one is a further name on the disk."""
 
     file: str
     header: bytes
     nbytes: int
     tensors: tuple[OutTensor, ...]
+    apart: bool = False
+    same: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +157,17 @@ class Output:
     def nbytes(self) -> int:
         return sum(shard.nbytes for shard in self.shards)
 
+    @property
+    def linked(self) -> int:
+        """Bytes of the shards that are further names of another output's."""
+        return sum(shard.nbytes for shard in self.shards if shard.same is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:
     """What one thread does in one go: elements [start, stop) of output tensors of one name and shape. `targets` are
-    `(output, tensor)` pairs, `nodes` all that leads to them, inputs before users."""
+    `(output, tensor)` pairs, without those of files that are further names of others; `nodes` all that leads to them,
+    inputs before users."""
 
     id: int
     name: str
@@ -216,11 +226,11 @@ class Plan:
     """All that a run does. `digest` names the bytes that come out: same digest, same bytes.
 
     `bytes_read` counts every pass over the inputs, `bytes_input` each input tensor once, `bytes_written` the shards,
-    `peak_bytes` the anonymous memory that blocks of `block` elements in `threads` threads need at most; where `memory`
-    sets a budget, the run keeps to these two. `tied` are pairs of stored tensors (alias, canonical) that must hold the
-    same numbers, since the configuration says that they are one: only the canonical one is merged. `ranks` are those of
-    the changes in adapters saved with `energy`, by the number of the save; without them such an output is laid out for
-    the largest ranks there can be.
+    those that several outputs share once, `peak_bytes` the anonymous memory that blocks of `block` elements in
+    `threads` threads need at most; where `memory` sets a budget, the run keeps to these two. `tied` are pairs of stored
+    tensors (alias, canonical) that must hold the same numbers, since the configuration says that they are one: only the
+    canonical one is merged. `ranks` are those of the changes in adapters saved with `energy`, by the number of the
+    save; without them such an output is laid out for the largest ranks there can be.
     """
 
     recipe: Recipe

@@ -82,12 +82,13 @@ def beside(nodes: Iterable[Node]) -> dict[int, tuple[str, Node]]:
 
 
 def make_units(outputs: Sequence[Output]) -> tuple[Unit, ...]:
-    """The work in the order of the files. Tensors of one name and shape go together, so that saves that share results
-    compute them once; large tensors are cut where no statistic ties them together."""
+    """The work in the order of the files. Tensors of one name and shape go together, so that saves that share
+    results compute them once, and what stands in one file for several outputs is there once; large tensors are cut
+    where no statistic ties them together."""
     together: dict[tuple[str, tuple[int, ...], bool], list[tuple[int, OutTensor]]] = {}
     for number, output in enumerate(outputs):
         for shard in output.shards:
-            for tensor in shard.tensors:
+            for tensor in shard.tensors if shard.same is None else ():
                 together.setdefault((tensor.name, tensor.shape, tensor.copied), []).append((number, tensor))
     units: list[Unit] = []
     for (name, shape, copied), targets in together.items():

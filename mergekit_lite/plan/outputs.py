@@ -19,6 +19,7 @@ from mergekit_lite.plan.masks import mask_output
 from mergekit_lite.plan.model import Output
 from mergekit_lite.plan.parts import output_faults
 from mergekit_lite.plan.quantize import in_fp8
+from mergekit_lite.plan.share import Group, groups_of, link, what_to_say
 from mergekit_lite.plan.vocabulary import Remapped, beside
 from mergekit_lite.recipe.links import final_step
 from mergekit_lite.recipe.model import Recipe, Ref, Save
@@ -42,6 +43,9 @@ def make_outputs(
     adapters: Adapters,
 ) -> tuple[Output, ...]:
     outputs: list[Output] = []
+    groups: dict[str, list[Group]] = {}
+    alike: set[int] = set()  # outputs whose tensors are to have one dtype
+    saved_steps = [saved_name(recipe, save) for save in recipe.saves]
     places = []
     for number, save in enumerate(recipe.saves):
         if adapters.measure not in (None, number):
@@ -60,7 +64,7 @@ def make_outputs(
         saved = replace(save, step=Ref(step, save.mark), to=None, push=None)
         text = adapters.header
         if text is None:
-            text = dump(in_header(replace(pinned(recipe, checkpoints), saves=(saved,))))
+            text = _header_text(recipe, checkpoints, saved)
         faults = list(output_faults(step, table, save)) if table.nodes else []
         if faults:
             problems += faults
@@ -84,8 +88,16 @@ def make_outputs(
                 found, remarks = in_fp8(adapters.builder, save, step, table, problems)
                 table, codes = found.table, found.codes
                 adapters.warnings.extend(remarks)
-            made = build_output(str(place), step, table, save.dtype, save.shard, text, codes)
+            # Nothing in a file that outputs share tells them apart: to its tensors, what is saved is their source.
+            groups[step] = groups_of(step, saved_steps, adapters.builder.taken)
+            apart = [
+                (group.names, _header_text(recipe, checkpoints, replace(saved, step=Ref(group.source, save.mark))))
+                for group in groups[step]
+            ]
+            made = build_output(str(place), step, table, save.dtype, save.shard, text, codes, apart)
             made = with_figures(adapters.builder, made)
+            if save.dtype is not None or save.quantize is not None:
+                alike.add(len(outputs))
             try:
                 outputs.append(beside(made, save, recipe, checkpoints, vocabulary, table.adopted))
             except RecipeError as fault:
@@ -93,7 +105,14 @@ def make_outputs(
     problems += check_pushes(recipe.saves)
     if check_output:
         problems += check_places(places, checkpoints)
+    outputs = link(outputs)
+    if not problems:
+        adapters.warnings.extend(what_to_say(recipe, outputs, groups, adapters.builder.taken, alike))
     return tuple(outputs)
+
+
+def _header_text(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], save: Save) -> str:
+    return dump(in_header(replace(pinned(recipe, checkpoints), saves=(save,))))
 
 
 @dataclass(frozen=True, slots=True)

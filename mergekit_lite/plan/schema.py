@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergekit_lite.methods.spec import Method, Param
@@ -219,6 +219,14 @@ def _scalar(param: Param) -> Schema:
     if param.kind == "integers":
         number: Schema = {"type": "integer", "minimum": param.low or 0}
         return {"anyOf": [number, {"type": "array", "items": number, "minItems": 1}]}
+    if param.kind == "spans":
+        item: Schema = {
+            "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": _span(param.choices)}]
+        }
+        return {"anyOf": [*item["anyOf"], {"type": "array", "items": item, "minItems": 1}]}
+    if param.kind == "globs":
+        name: Schema = {"type": "string", "minLength": 1}
+        return {"anyOf": [name, {"type": "array", "items": name, "minItems": 1}]}
     if param.kind == "layers":
         return {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}
     made: Schema = {"type": param.kind}
@@ -227,6 +235,11 @@ def _scalar(param: Param) -> Schema:
     if param.high is not None:
         made["exclusiveMaximum" if param.open_high else "maximum"] = param.high
     return made
+
+
+def _span(words: Sequence[str]) -> str:
+    """A pattern for the texts among `spans`."""
+    return "|".join(["^[0-9]{1,9}-[0-9]{1,9}$", *(f"^{word}$" for word in words)])
 
 
 def _save() -> Schema:

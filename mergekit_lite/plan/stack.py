@@ -16,7 +16,7 @@ from mergekit_lite.recipe.value import NO_VALUE
 
 _WHOLE = "stack whole models only"
 # Input embeddings of any kind and their norms; the output embedding of GPT-NeoX (`embed_out`) stands above the layers.
-_EMBEDDING = re.compile(r"(?:^|[._])(?:wte|wpe|\w*(?<!un)embed(?!_out)\w*)(?:[._]|$)")
+EMBEDDING = re.compile(r"(?:^|[._])(?:wte|wpe|\w*(?<!un)embed(?!_out)\w*)(?:[._]|$)")
 
 
 def build_stack(
@@ -95,8 +95,8 @@ def _outside(lead: Source, lower: Source, upper: Source) -> tuple[list[tuple[Sou
         first = next((n for n, name in enumerate(lead.table.nodes) if lead.table.family.layer(name) is not None), 0)
         early = set(list(lead.table.nodes)[:first])
         return [(lead, n) for n in outside if n in early], [(lead, n) for n in outside if n not in early]
-    below = [(lower, name) for name in _without_layers(lower) if _EMBEDDING.search(name)]
-    return below, [(upper, name) for name in _without_layers(upper) if not _EMBEDDING.search(name)]
+    below = [(lower, name) for name in _without_layers(lower) if EMBEDDING.search(name)]
+    return below, [(upper, name) for name in _without_layers(upper) if not EMBEDDING.search(name)]
 
 
 def _without_layers(source: Source) -> list[str]:

@@ -19,6 +19,7 @@ from mergekit_lite.checkpoint.source import Source
 from mergekit_lite.errors import InputError
 from mergekit_lite.family.family import Family, family_of
 from mergekit_lite.plan.words import shape as sizes
+from mergekit_lite.report.split import home_of
 from mergekit_lite.report.stream import BLOCK, Advance, blocks, check_numbers, each, opened
 
 TOGETHER = 64  # blocks of a tensor whose figures are kept before they are added up
@@ -234,9 +235,7 @@ def by_layer(family: Family, names: Iterable[str]) -> dict[str, list[str]]:
     """The tensors of each layer, under what stands before the rest of their names; others by module."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        layer = family.layer(name)
-        home = f"{layer.prefix}{layer.index}" if layer is not None else name.rpartition(".")[0] or name
-        groups.setdefault(home, []).append(name)
+        groups.setdefault(home_of(family, name), []).append(name)
     return groups
 
 

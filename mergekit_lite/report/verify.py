@@ -11,6 +11,7 @@ from mergekit_lite.checkpoint.extras import is_read_with_a_model
 from mergekit_lite.checkpoint.header import Header
 from mergekit_lite.checkpoint.inside import inside, read_object
 from mergekit_lite.errors import InputError, MergeError
+from mergekit_lite.plan.layout import IN_HEADER
 from mergekit_lite.plan.lock import NAME, is_sealed
 from mergekit_lite.recipe.model import Recipe
 from mergekit_lite.recipe.read import parse, read_file
@@ -90,7 +91,7 @@ def verify(
     ]
     faults += _recipe(look, recipe)
     faults += _index(look, promise, shards)
-    faults += _metadata(shards)
+    faults += _metadata(shards, recipe)
     faults += _tied(look, shards)
     faults += [
         Fault(file, f"{count(number, 'number')} NaN or infinite", tensor, "`merge inspect --stats` counts them")
@@ -220,11 +221,24 @@ def _index_of(look: Look, promise: Promise, shards: Mapping[str, Header], home: 
         yield Fault(name, f"`total_size` is {said}, the tensors have {total} bytes", None, AGAIN)
 
 
-def _metadata(shards: Mapping[str, Header]) -> Iterator[Fault]:
+def _metadata(shards: Mapping[str, Header], recipe: Recipe) -> Iterator[Fault]:
     first = next(iter(shards), None)
+    # Files that outputs share tell how what they share was made: the same recipe, with another step saved.
+    shares = any(step.use == "share" for step in recipe.steps.values())
     for file, header in shards.items():
-        if first is not None and header.metadata != shards[first].metadata:
+        if first is None or header.metadata == shards[first].metadata:
+            continue
+        if not shares or _unsaved(header.metadata) != _unsaved(shards[first].metadata):
             yield Fault(file, f"has other metadata in its header than {first}", None, AGAIN)
+
+
+def _unsaved(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a shard, with the recipe in it without the step that it saves; as it is where it has none."""
+    recipe, problems = parse(metadata.get(IN_HEADER, ""), IN_HEADER)
+    if recipe is None or problems:
+        return dict(metadata)
+    saves = tuple(replace(save, step=None) for save in recipe.saves)
+    return {**metadata, IN_HEADER: to_yaml(replace(recipe, saves=saves))}
 
 
 def _tied(look: Look, shards: Mapping[str, Header]) -> Iterator[Fault]:

@@ -22,7 +22,7 @@ from mergekit_lite.plan.order import walk
 from mergekit_lite.run.digest import file_digests
 from mergekit_lite.run.publish import fsync_folder, fsync_folders, publish
 from mergekit_lite.run.ranks import Share
-from mergekit_lite.run.sink import partial
+from mergekit_lite.run.sink import first_name, partial, set_writable
 
 if TYPE_CHECKING:
     from mergekit_lite.checkpoint.source import Source
@@ -52,10 +52,11 @@ def wanted_parts(units: Iterable[Unit], files: Container[str]) -> list[tuple[str
 
 
 def shard_digests(plan: Plan, shards: Sequence[tuple[int, int]], threads: int) -> list[str]:
-    """The digests of finished shards, still in the partial folders, each given by output and number."""
-    paths = [partial(plan.outputs[o].to) / plan.outputs[o].shards[s].file for o, s in shards]
+    """The digests of finished shards, still in the partial folders, each given by output and number. A file with
+    several names is read once."""
+    paths = [first_name(plan.outputs, *place) for place in shards]
     try:
-        found = file_digests(paths, threads)
+        found = file_digests(dict.fromkeys(paths), threads)
     except InputError as fault:  # no input to the user
         raise StoppedError(fault.problems) from fault.__cause__
     return [found[str(path)] for path in paths]
@@ -121,6 +122,7 @@ def complete(
             _write(partial(output.to) / LOCK, text)
             if card is not None:
                 _write(partial(output.to) / CARD, card(partial(output.to), text, number))
+            _protect(output)
             fsync_folders(partial(output.to))
         except OSError as fault:
             message = f"cannot write into `{partial(output.to)}`: {fault.strerror}"
@@ -134,6 +136,14 @@ def put_beside(plan: Plan, output: Output, solved: Mapping[str, Solved], keep_au
     names."""
     mapped = _with_map(plan, output, solved)
     return [*_extras(plan, mapped, keep_auto_map), *_permutations(plan, output, solved)]
+
+
+def _protect(output: Output) -> None:
+    """Let nobody write into shards that other outputs have too: what a program did to one would be done to all."""
+    for shard in output.shards:
+        path = partial(output.to) / shard.file
+        if shard.apart and path.lstat().st_nlink > 1:
+            set_writable(path, False)
 
 
 def notes_on(plan: Plan, keep_auto_map: bool) -> tuple[Problem, ...]:

@@ -14,6 +14,7 @@ from mergekit_lite.plan.decompose import decomposed
 from mergekit_lite.plan.lock import changed_inputs, changed_outputs, errors_of, lock_text, unchecked_inputs
 from mergekit_lite.plan.model import Plan
 from mergekit_lite.run.compress import coded
+from mergekit_lite.plan.share import spread
 from mergekit_lite.run.digest import Digests, file_digests
 from mergekit_lite.run.execute import execute
 from mergekit_lite.run.finish import (
@@ -108,6 +109,7 @@ def perform(
         solved = findings.alignments
         merged = peers.exchange("merged", findings.as_json(), lambda: peers.again(progress))
         written = shard_digests(plan, share.shards, threads)
+        notes.extend(sink.notes())
         read = {**known, **digests.result(threads)}
         check_inputs(reader, read, threads)  # so that the lock speaks of the files that were merged
         remembered.keep(read)
@@ -122,6 +124,7 @@ def perform(
             inputs, shards = collect(plan, shares, peers.exchange(LAST, digested))
             findings = Findings.sum(merged)
             journal.absorb()
+            findings.figures, findings.squares = (spread(plan, one) for one in (findings.figures, findings.squares))
             errors = errors_of(plan, findings.figures, findings.squares)
             told = decomposed(plan, findings.figures)
             finished, shards = coded(plan, shards, sink, journal, done.coded, threads)
@@ -132,7 +135,7 @@ def perform(
         shards=shards,
         seconds=time.perf_counter() - began,
         bytes_read=findings.bytes_read,
-        bytes_written=finished.bytes_written,
+        bytes_written=finished.bytes_written + sum(plan.outputs[o].shards[s].nbytes for o, s in sink.copied),
         resumed=findings.resumed,
         nonfinite=findings.nonfinite,
         overflow=findings.overflow,
@@ -144,4 +147,5 @@ def perform(
         decomposed=decomposed(plan, findings.figures),
         plan=finished,
         bytes_fetched=findings.bytes_fetched + reader.fetched - before,
+        linked=sink.linked(),
     )

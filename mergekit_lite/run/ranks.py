@@ -224,6 +224,10 @@ def divide(plan: Plan, inputs: Sequence[Path], count: int) -> list[Share]:
         for number, tensor in unit.targets:
             if (number, tensor.shard) in wrote:  # masks that will be coded have no digest yet
                 wrote[number, tensor.shard][rank] += unit.stop - unit.start
+    for number, shard in shards:  # a file is digested once, whatever names it has
+        same = plan.outputs[number].shards[shard].same
+        if same is not None:
+            wrote[number, shard] = wrote[same]
     return [
         Share(
             tuple(units[rank]),

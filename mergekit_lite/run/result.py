@@ -20,7 +20,9 @@ class Result:
     tell what of the inputs' configurations the outputs lack. `errors` gives, by output folder of an adapter and module,
     the norm of the change and the norm of what the factors leave of it; the same of weights that are stored in FP8 or
     decomposed. `decomposed` tells of the latter what plan/decompose.py does. `plan` is what was carried out, with all
-    ranks of adapters known. `bytes_fetched` counts what this process read from the Hub by ranges."""
+    ranks of adapters known. `bytes_fetched` counts what this process read from the Hub by ranges. `linked` gives by
+    output folder the bytes of shards that are files of other outputs under a further name; where such had to be copied,
+    `bytes_written` counts the copies."""
 
     outputs: tuple[str, ...]
     shards: Mapping[str, Mapping[str, str]]
@@ -38,3 +40,4 @@ class Result:
     decomposed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     plan: Plan | None = None
     bytes_fetched: int = 0
+    linked: Mapping[str, int] = field(default_factory=dict)

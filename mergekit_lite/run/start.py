@@ -247,11 +247,16 @@ def _check_room(plan: Plan) -> None:
     """Refuse where the outputs do not fit on their disks."""
     needed: dict[int, int] = {}
     place: dict[int, Path] = {}
+    devices: list[int] = []
     for output in plan.outputs:
         parent = next(p for p in Path(output.to).resolve().parents if p.exists())
         device = os.stat(parent).st_dev
         needed[device] = needed.get(device, 0) + output.nbytes
         needed[device] += sum(shard.nbytes for shard in output.shards[output.kept :])  # coded beside the plain ones
+        for shard in output.shards:  # one file with several names, where it can have them
+            if shard.same is not None and devices[shard.same[0]] == device:
+                needed[device] -= shard.nbytes
+        devices.append(device)
         if output.adapter is None:  # a tokenizer's file may be large
             donor = plan.checkpoints[output.donor]
             needed[device] += find_extras(donor, output.config, tokenizer=output.tokenizer).nbytes
