@@ -93,9 +93,9 @@ def default_text(param: Param) -> str:
     """The default in words."""
     if param.required:
         return "required"
-    return (
-        ("all" if param.kind in ("layers", "integers") else "auto") if param.default is None else plain(param.default)
-    )
+    if param.default is not None:
+        return plain(param.default)
+    return {"layers": "all", "integers": "all", "texts": "none"}.get(param.kind, "auto")
 
 
 def example(method: Method) -> str:
@@ -189,6 +189,8 @@ def fitting(param: Param) -> Any:
         return "base"
     if param.kind == "layers":
         return (0, 2)
+    if param.kind == "texts":
+        return "a text"
     low = param.low if param.low is not None else (0.0 if param.high is None else param.high - 1)
     high = param.high if param.high is not None else low + 1
     return int(high) if param.kind == "integer" else (low + high) / 2

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["number", "integer", "flag", "choice", "words", "reference", "path", "layers", "integers"]
+Kind = Literal["number", "integer", "flag", "choice", "words", "reference", "path", "layers", "integers", "texts"]
 Space = Literal["weight", "delta", "same"]
 # element: each output element needs the same element of the inputs; measured: that, after a statistic of the whole
 # tensor; pooled: that, after a statistic of all tensors of the step; row: whole rows; matrix: the whole tensor;
@@ -38,8 +38,8 @@ class Param:
 
     `per_input` settings stand beside an input in `of`, or under `with` for all inputs at once. `low` and `high` bound
     numbers; an `open_` bound itself is not allowed. A `reference` names a model or step that is a further input.
-    `words` are one or several of `choices`, given as a tuple, `integers` one or several whole numbers; a `path` is a
-    file, for `from` also a step.
+    `words` are one or several of `choices`, given as a tuple, `integers` one or several whole numbers, `texts` one or
+    several texts of any content; a `path` is a file, for `from` also a step.
     """
 
     name: str
@@ -71,6 +71,8 @@ class Param:
             return "model or step"
         if self.kind == "integers":
             return f"whole numbers from {self.low:g}"
+        if self.kind == "texts":
+            return "texts"
         if self.low is None and self.high is None:
             return "any integer" if self.kind == "integer" else "any number"
         left = "(-inf" if self.low is None else f"{'(' if self.open_low else '['}{self.low:g}"
@@ -94,6 +96,10 @@ class Param:
             whole = value if isinstance(value, tuple) and value else (value,)
             wrong = [v for v in whole if isinstance(v, bool) or not isinstance(v, int) or v < (self.low or 0)]
             return f"`{self.name}` are {self.range_text()}, not {wrong[0]!r}" if wrong else None
+        if self.kind == "texts":
+            texts = value if isinstance(value, tuple) and value else (value,)
+            odd = [text for text in texts if not isinstance(text, str) or not text]
+            return f"`{self.name}` are {self.range_text()}, not {odd[0]!r}" if odd else None
         if self.kind == "layers":
             return None if _is_range(value) else f"`{self.name}` is [start, stop) with 0 <= start < stop, not {value!r}"
         if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -219,6 +219,8 @@ def _scalar(param: Param) -> Schema:
     if param.kind == "integers":
         number: Schema = {"type": "integer", "minimum": param.low or 0}
         return {"anyOf": [number, {"type": "array", "items": number, "minItems": 1}]}
+    if param.kind == "texts":
+        return {"anyOf": [TEXT, {"type": "array", "items": TEXT, "minItems": 1}]}
     if param.kind == "layers":
         return {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}
     made: Schema = {"type": param.kind}

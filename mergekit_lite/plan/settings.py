@@ -153,7 +153,7 @@ def _settings(step: Step, method: Method) -> list[Problem]:
 
 
 def _fault(param: Param, scalar: Any) -> str | None:
-    if isinstance(scalar, tuple) and param.kind not in ("layers", "words", "integers"):
+    if isinstance(scalar, tuple) and param.kind not in ("layers", "words", "integers", "texts"):
         return f"`{param.name}` is one value, not a list"
     return param.fault(scalar)
 
