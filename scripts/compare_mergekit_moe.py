@@ -23,14 +23,37 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
-from transformers import Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.utils import logging
 
 from mergekit_lite import load_recipe, plan, run
 from mergekit_lite.calibrate.prompts import Means, PromptStates
 
-WORDS = "the a of proof number sum code loop call return poem moon sea star why how".split()
+WORDS = [
+    "the",
+    "a",
+    "of",
+    "proof",
+    "number",
+    "sum",
+    "code",
+    "loop",
+    "call",
+    "return",
+    "poem",
+    "moon",
+    "sea",
+    "star",
+    "why",
+    "how",
+]
 BEGIN, END = "<!-- table: scripts/compare_mergekit_moe.py -->", "<!-- end of the table of mixtures -->"
 COMMON = {
     "vocab_size": 300,
@@ -50,7 +73,11 @@ KINDS = {
     "qwen2": lambda: Qwen2Config(**COMMON),
     "qwen3": lambda: Qwen3Config(**COMMON, head_dim=10),
 }
-PROMPTS = [["the proof of the number", "sum", "how"], ["loop call return", "the code"], ["poem of the moon", "sea star"]]
+PROMPTS = [
+    ["the proof of the number", "sum", "how"],
+    ["loop call return", "the code"],
+    ["poem of the moon", "sea star"],
+]
 AGAINST = ["why the poem", "moon"]
 DRAWN = {"random": 1.0, "uniform_random": (1 / 24 / 3) ** 0.5}  # standard deviations of what is drawn
 
@@ -159,7 +186,9 @@ def compare(case: Case, executable: Path, folder: Path, number: int) -> str:
         weights += f"; noise of {_noise(expected, folder, case):.3f} there, {_noise(found, folder, case):.3f} here"
     if parts["drawn"]:
         there, here = (sum(parts["drawn"][start::2]) / len(parts["drawn"][start::2]) for start in (0, 1))
-        return f"{head} {weights} | drawn: deviation {there:.2g} there, {here:.2g} here, {DRAWN[case.gates]:.2g} meant |"
+        return (
+            f"{head} {weights} | drawn: deviation {there:.2g} there, {here:.2g} here, {DRAWN[case.gates]:.2g} meant |"
+        )
     return f"{head} {weights} | {max(parts['gates']):.1e} |"
 
 

@@ -132,7 +132,7 @@ class _Reader:
         if isinstance(value, str) and value in GATE_MODES:
             return value, node.mark
         hint = suggest(value, GATE_MODES) if isinstance(value, str) else f"one of {_words(GATE_MODES)}"
-        self.add(f"there is no `gate_mode` {describe(node)}", node.mark, hint)
+        self.add(f"`gate_mode` cannot be {describe(node)}", node.mark, hint)
         return "random", node.mark  # which asks nothing of the experts
 
     def style(self, root: MapNode, shared: list[Expert], mode: str) -> tuple[str, Mark]:
