@@ -20,22 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
-from transformers.utils import logging
 
 from mergekit_lite import load_recipe, plan, run
 from mergekit_lite.calibrate.prompts import Means, PromptStates
 
+HF: Any = transformers  # whose classes say more of their arguments than is true
 WORDS = [
     "the",
     "a",
@@ -55,7 +48,7 @@ WORDS = [
     "how",
 ]
 BEGIN, END = "<!-- table: scripts/compare_mergekit_moe.py -->", "<!-- end of the table of mixtures -->"
-COMMON = {
+COMMON: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 24,
     "intermediate_size": 20,
@@ -67,11 +60,11 @@ COMMON = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
-KINDS = {
-    "llama": lambda: LlamaConfig(**COMMON),
-    "mistral": lambda: MistralConfig(**COMMON, sliding_window=None),
-    "qwen2": lambda: Qwen2Config(**COMMON),
-    "qwen3": lambda: Qwen3Config(**COMMON, head_dim=10),
+KINDS: dict[str, Any] = {
+    "llama": lambda: HF.LlamaConfig(**COMMON),
+    "mistral": lambda: HF.MistralConfig(**COMMON, sliding_window=None),
+    "qwen2": lambda: HF.Qwen2Config(**COMMON),
+    "qwen3": lambda: HF.Qwen3Config(**COMMON, head_dim=10),
 }
 PROMPTS = [
     ["the proof of the number", "sum", "how"],
@@ -95,7 +88,7 @@ class Case:
     named: bool = False
 
 
-_GATED = {"positive_prompts": ["the sum of a number", "star"], "residual_scale": 0.5}
+_GATED: dict[str, Any] = {"positive_prompts": ["the sum of a number", "star"], "residual_scale": 0.5}
 CASES = [
     *(Case("Mixtral", kind, gates) for kind in ("llama", "mistral") for gates in ("cheap_embed", "hidden", *DRAWN)),
     Case("Mixtral", "llama", "cheap_embed", {"residual_scale": 0.7}),
@@ -121,7 +114,7 @@ def write_models(folder: Path) -> None:
     in_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     for kind, config in KINDS.items():
         plain = kind.startswith("qwen")
-        fast = PreTrainedTokenizerFast(
+        fast = HF.PreTrainedTokenizerFast(
             tokenizer_object=in_bytes if plain else words,
             eos_token="</s>",
             pad_token="</s>",
@@ -129,7 +122,7 @@ def write_models(folder: Path) -> None:
         )
         for number, name in enumerate(("base", "a", "b", "c")):
             torch.manual_seed(number)
-            model = AutoModelForCausalLM.from_config(config())
+            model = HF.AutoModelForCausalLM.from_config(config())
             for dtype in (torch.float32, torch.bfloat16):
                 at = folder / str(dtype).removeprefix("torch.") / kind / name
                 model.to(dtype).save_pretrained(at)
@@ -203,7 +196,7 @@ def tensors(folder: Path, raw: bool) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint as transformers has them in memory, or, `raw`, as they are in the files."""
     if raw:
         return {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
-    model, told = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, told = HF.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(told.values()), (folder, told)
     return dict(model.state_dict())
 
@@ -218,7 +211,7 @@ def main() -> None:
     parser.add_argument("executable", type=Path, help="mergekit-moe of an environment that has mergekit")
     parser.add_argument("--write", type=Path, help="a Markdown file whose table is replaced")
     options = parser.parse_args()
-    logging.disable_progress_bar()
+    HF.utils.logging.disable_progress_bar()
     rows = ["| output | from | `gate_mode` | with | other weights | gates |", "| - | - | - | - | - | - |"]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

@@ -18,7 +18,14 @@ from mergekit_lite import load_recipe, plan, run
     [
         ("llama", {}),
         ("mistral", {}),
-        ("qwen2", {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 4}),
+        (
+            "qwen2",
+            {
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+                "sliding_window": 4,
+                "use_sliding_window": True,
+            },
+        ),
         ("qwen3", {}),
     ],
 )
