@@ -17,7 +17,7 @@ from mergekit_lite import sandbox
 from mergekit_lite.checkpoint.adapter import open_adapter, with_adapter
 from mergekit_lite.checkpoint.find import open_checkpoint
 from mergekit_lite.checkpoint.meta import Checkpoint
-from mergekit_lite.errors import Mark, MergeError, Problem, RecipeError, UsageError
+from mergekit_lite.errors import InputError, Mark, MergeError, Problem, RecipeError, UsageError
 from mergekit_lite.recipe.model import Recipe
 from mergekit_lite.recipe.read import parse, read_file
 from mergekit_lite.recipe.write import dump
@@ -105,8 +105,7 @@ def plan(
         checkpoints = open_models(
             recipe, used_models(recipe), offline or box is not None, allow_pickle, fetch == "stream"
         )
-        tokens = any(save.tokenizer is not None for save in recipe.saves)
-        if tokens or any(step.use == "transplant" for step in recipe.steps.values()):
+        if _reads_tokenizers(recipe):
             from mergekit_lite.run.inputs import with_beside
 
             checkpoints = {name: with_beside(checkpoint) for name, checkpoint in checkpoints.items()}
@@ -126,6 +125,13 @@ def plan(
         return within(made, budget, standing(made), threads, block, default_threads())
 
 
+def _reads_tokenizers(recipe: Recipe) -> bool:
+    """Whether the plan needs more of a model than its headers and config.json."""
+    steps = recipe.steps.values()
+    texts = any("prompts" in given for step in steps for given in (step.params, *(item.params for item in step.of)))
+    return texts or any(s.use == "transplant" for s in steps) or any(s.tokenizer is not None for s in recipe.saves)
+
+
 def default_threads() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -143,6 +149,8 @@ def open_models(
     for name in names:
         model = recipe.models[name]
         try:
+            if model.absent is not None and not os.path.lexists(model.location):
+                raise InputError(model.absent)
             opened = Checkpoint("", None, None, {}, {}, ())
             if (model.location, model.revision) in known:
                 opened = known[model.location, model.revision]
@@ -168,7 +176,7 @@ def open_models(
             found[name] = opened
         except MergeError as error:
             fault = error
-            problems += error.problems
+            problems += [problem for problem in error.problems if problem not in problems]
     if fault is not None:
         raise type(fault)(problems)
     return found

@@ -76,7 +76,7 @@ def from_text(
     if loaded.network.config.is_encoder_decoder:
         hint = "give `input_ids` and `decoder_input_ids` with `--data`"
         raise InputError("an encoder and a decoder each need a text of their own", hint=hint)
-    tokenizer = _tokenizer(folder, location)
+    tokenizer = tokenizer_of(folder, location)
     length = block_length(loaded, block)
     left = 0
     if lines:
@@ -135,7 +135,8 @@ def _text_batch(loaded: Loaded, tokenizer: Any, row: list[int], number: int, see
     return {key: value.to(loaded.device) for key, value in batch.items()}
 
 
-def _tokenizer(folder: Path, location: str) -> Any:
+def tokenizer_of(folder: Path, location: str) -> Any:
+    """The tokenizer in the folder of a model. Raises InputError where there is none that transformers reads."""
     hint = "copy the tokenizer's files into the folder, or give token ids with `--data`"
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
     if not any((folder / name).exists() for name in names):

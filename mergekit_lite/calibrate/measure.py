@@ -97,7 +97,7 @@ class Measurement:
         """Gather and write. `advance` is told of every few examples. Raises StoppedError where a device has too little
         memory or the disk is full; then, as on Ctrl-C, nothing is left behind."""
         report = Report(self._out)
-        with new_folder(self._out) as folder, _threads(self._settings.threads), _device_memory():
+        with new_folder(self._out) as folder, limited_threads(self._settings.threads), device_memory():
             said = self._provenance()
             if "gram" in self._settings.kinds:
                 first = self._gram_passes(folder / "gram.safetensors", said, report, advance)
@@ -268,7 +268,8 @@ class Measurement:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def limited_threads(count: int) -> Iterator[None]:
+    """torch with so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -278,7 +279,8 @@ def _threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def _device_memory() -> Iterator[None]:
+def device_memory() -> Iterator[None]:
+    """Raises StoppedError where a device has too little memory."""
     try:
         yield
     except torch.OutOfMemoryError as fault:

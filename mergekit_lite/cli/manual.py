@@ -95,7 +95,8 @@ def default_text(param: Param) -> str:
         return "required"
     if param.default is not None:
         return plain(param.default)
-    return {"layers": "all", "integers": "all", "spans": "none", "globs": "none"}.get(param.kind, "auto")
+    none = dict.fromkeys(("spans", "globs", "texts"), "none")
+    return {"layers": "all", "integers": "all", **none}.get(param.kind, "auto")
 
 
 def example(method: Method) -> str:
@@ -189,6 +190,8 @@ def fitting(param: Param) -> Any:
         return "base"
     if param.kind == "layers":
         return (0, 2)
+    if param.kind == "texts":
+        return "a text"
     low = param.low if param.low is not None else (0.0 if param.high is None else param.high - 1)
     high = param.high if param.high is not None else low + 1
     return int(high) if param.kind == "integer" else (low + high) / 2

@@ -131,14 +131,14 @@ def _given(score: str | None, metric: str | None, goal: Goal | None, timeout: fl
 
 def _table(template: Template, found: Found) -> None:
     """The best trials, and how the others ended."""
-    from mergekit_lite.evaluate import search as driver
+    from mergekit_lite.evaluate.tasks import thresholds_of
 
     names = [score.name for score in template.scores]
     paths = list(dict.fromkeys(path for trial in found.trials for path in trial.values))
     sign = -1.0 if template.scores[0].goal == "max" else 1.0
     best = {trial.number for trial in found.best}
     done = [trial for trial in found.trials if trial.state == "done"]
-    by_one = template.greedy is not None or driver.thresholds_of(template) is not None
+    by_one = template.greedy is not None or thresholds_of(template) is not None
     if not by_one:
         done.sort(key=lambda t: (t.number not in best, sign * t.scores[names[0]], t.number))
     shown = done if by_one else done[: max(SHOWN, len(best))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ import typer
 
 from mergekit_lite.cli import bar, options, show
 from mergekit_lite.cli.confine import check_inside
-from mergekit_lite.errors import Problem
+from mergekit_lite.errors import Problem, UsageError
 
 if TYPE_CHECKING:
     from mergekit_lite.calibrate.measure import Measurement, Report
@@ -27,7 +28,12 @@ class Labels(str, Enum):
 
 
 def stats(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A folder or a Hub id, or a recipe of mergekit-moe's.", show_default=False
+        ),
+    ],
     out: Annotated[
         Path,
         typer.Option("--out", metavar="DIR", help="A new folder; each kind is a file in it.", show_default=False),
@@ -84,6 +90,9 @@ def stats(
     for merged experts, activations (means and variances) for REPAIR, hidden (mean states of prompts) for gates of
     `moe`, confidence (with a temperature) for BANG. Loads the model with transformers, whose code alone is run: pip
     install 'mergekit_lite[calibrate]'.
+
+    A recipe of mergekit-moe's brings its prompts: `merge stats THEIR.yml --out THEIR.states` writes what its base makes
+    of them, where `merge run THEIR.yml` looks for it.
     """
     from mergekit_lite import merge
     from mergekit_lite import sandbox as confined
@@ -92,6 +101,12 @@ def stats(
     from mergekit_lite.plan.budget import memory_bytes
 
     check_inside([model], None, text, data, out)
+    offline = offline or sandbox is not None
+    if model.endswith((".yml", ".yaml")) and Path(model).is_file():
+        given = {"--text": text, "--data": data, "--block": block, "--examples": examples, "--lines": lines or None}
+        with confined.scratch():
+            _of_recipe(Path(model), out, given, json, device, device_map, memory, threads, offline)
+        return
     settings = Settings(
         kinds=check_kinds(collect),
         text=text,
@@ -105,7 +120,7 @@ def stats(
         device_map=device_map,
         memory=None if memory is None else memory_bytes(memory),
         threads=threads or merge.default_threads(),
-        offline=offline or sandbox is not None,
+        offline=offline,
     )
     with confined.scratch():  # torch makes a folder for its compiler as transformers is imported
         measurement = Measurement(model, settings, out)
@@ -120,6 +135,38 @@ def stats(
                 f"wrote {out / name} · {show.count(count, 'tensor')}{_numbers(report) if kind == 'confidence' else ''}"
             )
     show.warnings(_warnings(report))
+
+
+def _of_recipe(
+    path: Path,
+    out: Path,
+    given: Mapping[str, object],
+    json: bool,
+    device: str,
+    device_map: str | None,
+    memory: str | None,
+    threads: int | None,
+    offline: bool,
+) -> None:
+    """The hidden states that a recipe needs."""
+    from mergekit_lite import merge
+    from mergekit_lite.calibrate.prompts import Means, PromptStates
+    from mergekit_lite.plan.budget import memory_bytes
+
+    option = next((name for name, value in given.items() if value is not None), None)
+    if option is not None:
+        raise UsageError(f"`{option}` is for a model: a recipe brings its prompts", hint="leave it out")
+    budget = None if memory is None else memory_bytes(memory)
+    means = Means(device, device_map, budget, threads or merge.default_threads(), offline)
+    states = PromptStates(path, means, out)
+    show.note(f"{show.count(states.steps, 'prompt')} · {show.count(states.tokens, 'token')}")
+    with bar.counting("prompts", states.steps) as advance:
+        files = states.run(advance)
+    if json:
+        show.json({"out": str(out), "files": files, "examples": states.steps, "tokens": states.tokens})
+        return
+    for name, count in files.items():
+        show.line(f"wrote {out / name} · {show.count(count, 'prompt')}")
 
 
 def _announced(measurement: Measurement) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Kind = Literal[
-    "number", "integer", "flag", "choice", "words", "reference", "path", "layers", "integers", "spans", "globs"
+    "number", "integer", "flag", "choice", "words", "reference", "path", "layers", "integers", "spans", "globs", "texts"
 ]
 Space = Literal["weight", "delta", "same"]
 # element: each output element needs the same element of the inputs; measured: that, after a statistic of the whole
@@ -42,8 +42,8 @@ class Param:
     `per_input` settings stand beside an input in `of`, or under `with` for all inputs at once. `low` and `high` bound
     numbers; an `open_` bound itself is not allowed. A `reference` names a model or step that is a further input.
     `words` are one or several of `choices`, given as a tuple, `integers` one or several whole numbers; `spans` are
-    whole numbers, ranges of them with both ends (`0-3`) and `choices`, `globs` patterns over tensor names; a `path` is
-    a file, for `from` also a step.
+    whole numbers, ranges of them with both ends (`0-3`) and `choices`, `globs` patterns over tensor names, `texts` one
+    or several texts of any content; a `path` is a file, for `from` also a step.
     """
 
     name: str
@@ -79,6 +79,8 @@ class Param:
             return " | ".join(["numbers", "ranges such as 0-3", *self.choices])
         if self.kind == "globs":
             return "names, * for any text"
+        if self.kind == "texts":
+            return "texts"
         if self.low is None and self.high is None:
             return "any integer" if self.kind == "integer" else "any number"
         left = "(-inf" if self.low is None else f"{'(' if self.open_low else '['}{self.low:g}"
@@ -110,6 +112,10 @@ class Param:
         if self.kind == "globs":
             wrong = [item for item in _listed(value) if not (isinstance(item, str) and item)]
             return f"`{self.name}` are names of tensors, not {wrong[0]!r}" if wrong else None
+        if self.kind == "texts":
+            texts = value if isinstance(value, tuple) and value else (value,)
+            odd = [text for text in texts if not isinstance(text, str) or not text]
+            return f"`{self.name}` are {self.range_text()}, not {odd[0]!r}" if odd else None
         if self.kind == "layers":
             return None if _is_range(value) else f"`{self.name}` is [start, stop) with 0 <= start < stop, not {value!r}"
         if isinstance(value, bool) or not isinstance(value, (int, float)):

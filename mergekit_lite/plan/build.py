@@ -120,7 +120,7 @@ def _build(
     vocabulary, notes = remap(builder, recipe, checkpoints, tables, merged_models(recipe))
     warnings += notes
     for step in steps:
-        found = _step(builder, step, methods, tables, checkpoints, problems)
+        found = _step(builder, step, methods, tables, checkpoints, vocabulary is not None, problems)
         if found is not None:
             tables[step.name] = found
             views.append(_view(step, found))
@@ -236,9 +236,11 @@ def _step(
     methods: Mapping[str, Method],
     tables: Mapping[str, Table],
     checkpoints: Mapping[str, Checkpoint],
+    renumbered: bool,
     problems: list[Problem],
 ) -> Table | None:
-    """The step's table; None where an input of it has failed, whose faults are known already."""
+    """The step's table; None where an input of it has failed, whose faults are known already. `renumbered` tells that
+    the recipe has brought all models to one vocabulary."""
     if any(ref.name not in tables for ref in references_of(step, methods, tables)):
         return None
     method = methods[step.use]
@@ -252,7 +254,7 @@ def _step(
         table, found = build_transplant(builder, step, sources[0], vocabulary, checkpoints)
     elif method.name == "moe":
         named = {ref.name: source(ref) for ref in [*statistics(step, method), *([step.base] if step.base else [])]}
-        table, found = build_mixture(builder, step, method, sources, named)
+        table, found = build_mixture(builder, step, method, sources, named, None if renumbered else checkpoints)
     elif method.name == "bang":
         from mergekit_lite.plan.balance import build_bang
 

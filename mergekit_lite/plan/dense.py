@@ -35,8 +35,13 @@ def style_of(
     step: Step, settings: Mapping[str, Any], sources: Sequence[Source], base: Source, others: Mapping[str, Source]
 ) -> Style:
     """The style for the base's type, which all inputs must be of."""
-    wanted = settings["style"]
-    known, stated = STYLES[wanted], base.table.config.get("model_type")
+    stated = base.table.config.get("model_type")
+    auto = settings["style"] == "auto"
+    wanted = _fitting(stated, settings) if auto else settings["style"]
+    if wanted is None:
+        hint = f"mixtures are made of {_words(dict.fromkeys(kind for types in STYLES.values() for kind in types))}"
+        raise RecipeError(Problem(f"`{base.name}` is of the model type `{stated}`", base.mark, hint))
+    known = STYLES[wanted]
     if stated not in known:
         fitting = [name for name, types in STYLES.items() if stated in types]
         hint = f"`{wanted}` is made of {_words(known)}"
@@ -60,9 +65,12 @@ def style_of(
     if style.needs_shared and not shared:
         message = f"a `{style.model_type}` needs a shared expert"
         problems.append(Problem(message, mark_of(step, "style"), "name a model as `shared`, such as the base"))
-    if settings["shared_hidden"] and style.shared_gate is None:
+    of_gate = next((name for name in ("shared_hidden", "shared_prompts") if settings[name]), None)
+    if of_gate is None and settings["shared_gate"] == "drawn" and not auto:
+        of_gate = "shared_gate"
+    if of_gate is not None and style.shared_gate is None:
         message = f"the shared expert of a `{style.model_type}` has no gate"
-        problems.append(Problem(message, mark_of(step, "shared_hidden"), "leave it out"))
+        problems.append(Problem(message, mark_of(step, of_gate), "leave it out"))
     if settings["dense"] and not style.dense:
         message = f"all layers of a `{style.model_type}` have experts"
         problems.append(Problem(message, mark_of(step, "dense"), "leave out `dense`, or take another `style`"))
@@ -72,6 +80,14 @@ def style_of(
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
     return style
+
+
+def _fitting(stated: object, settings: Mapping[str, Any]) -> str | None:
+    """The style that a recipe means which leaves it to the models, whose type is `stated`; None where there is none."""
+    if stated in ("llama", "mistral"):
+        gated = settings["shared_hidden"] or settings["shared_prompts"]
+        return "mixtral" if not settings["shared"] else "qwen2_moe" if gated else "deepseek"
+    return next((name for name, types in STYLES.items() if stated in types), None)
 
 
 def window_remark(style: Style, base: Source) -> list[Problem]:

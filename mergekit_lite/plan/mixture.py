@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mergekit_lite.checkpoint.meta import Checkpoint
 from mergekit_lite.errors import Problem, RecipeError
 from mergekit_lite.family.family import Stack, family_of
 from mergekit_lite.family.mixtures import COMPUTED, DENSE, Numbers, mixture_config
@@ -14,6 +15,7 @@ from mergekit_lite.methods.spec import Method, Slot
 from mergekit_lite.plan.dense import mark_of, stack_of, style_of, unfit, units_of, window_remark
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.model import Node
+from mergekit_lite.plan.prompts import Prompts, read_prompts
 from mergekit_lite.plan.settings import constant
 from mergekit_lite.plan.steps import Source, listed
 from mergekit_lite.recipe.model import Step
@@ -40,9 +42,16 @@ class _States:
 
 
 def build_mixture(
-    builder: Builder, step: Step, method: Method, sources: Sequence[Source], named: Mapping[str, Source]
+    builder: Builder,
+    step: Step,
+    method: Method,
+    sources: Sequence[Source],
+    named: Mapping[str, Source],
+    checkpoints: Mapping[str, Checkpoint] | None,
 ) -> tuple[Table, list[Problem]]:
-    """The result of `step` and what is wrong with it. `named` are the base and what settings name, by name."""
+    """The result of `step` and what is wrong with it. `named` are the base and what settings name, by name;
+    `checkpoints` is None where the recipe gives all models another vocabulary. Raises InputError for a tokenizer that
+    cannot be read."""
     assert step.base is not None  # the check of the recipe has seen to it
     base = named[step.base.name]
     empty = replace(base.table, nodes={})
@@ -51,7 +60,8 @@ def build_mixture(
     if problems or settings is None:
         return empty, problems
     try:
-        making = _Making(builder, step, settings, sources, base, named)
+        prompts = read_prompts(builder, step, base, settings, checkpoints)
+        making = _Making(builder, step, settings, sources, base, named, prompts)
         builder.remarks += making.remarks
         return making.table(), []
     except RecipeError as fault:
@@ -69,11 +79,12 @@ class _Making:
         sources: Sequence[Source],
         base: Source,
         others: Mapping[str, Source],
+        prompts: Prompts | None,
     ):
         self._builder, self._step, self._settings, self._base = builder, step, settings, base
         self._style = style_of(step, settings, sources, base, others)
         self.remarks = window_remark(self._style, base)
-        self._stack = stack_of(base)
+        self._stack, self._prompts = stack_of(base), prompts
         self._width = self._checked_base()
         self._experts = [
             _Expert(source, stack_of(source), noise, scale)
@@ -83,7 +94,8 @@ class _Making:
             for _ in range(count)
         ]
         shared = settings["shared"] and others[settings["shared"]]
-        self._shared = _Expert(shared, stack_of(shared), 0.0, settings["shared_scale"]) if shared else None
+        noise, scale = settings["shared_noise"], settings["shared_scale"]
+        self._shared = _Expert(shared, stack_of(shared), noise, scale) if shared else None
         self._numbers = self._checked_experts()
         self._states = [
             _States(others[hidden], others[negative] if negative else None)
@@ -139,11 +151,7 @@ class _Making:
             yield from self._expert(self._shared, index, [lead + name for name in style.shared_expert()])
             if style.shared_gate is not None:
                 name = f"{lead}{style.part}{style.shared_gate}"
-                call = zeros(1, self._width)()
-                if self._shared_states is None:
-                    yield name, self._builder.call(call, [], [], self._step.name, name), stored
-                else:
-                    yield name, self._of_states([self._shared_states], name, index), stored
+                yield name, self._shared_gate(name, index), stored
 
     def _expert(self, expert: _Expert, index: int, names: Sequence[str]) -> Iterable[tuple[str, Node, str]]:
         table, lead = expert.source.table, expert.stack.template.format(i=index)
@@ -160,8 +168,24 @@ class _Making:
     def _gates(self, name: str, index: int) -> Node:
         if self._states:
             return self._of_states(self._states, name, index)
+        if self._prompts is not None:
+            copies = zip(self._prompts.inputs, self._settings["copies"], strict=True)
+            said = [one for one, count in copies for _ in range(count)]
+            return self._prompts.gates(self._builder, said, self._step.name, name)
+        return self._drawn(self._numbers.experts, name)
+
+    def _shared_gate(self, name: str, index: int) -> Node:
+        if self._shared_states is not None:
+            return self._of_states([self._shared_states], name, index)
+        if self._prompts is not None and self._prompts.shared is not None:
+            return self._prompts.gates(self._builder, [self._prompts.shared], self._step.name, name)
+        if self._settings["shared_gate"] == "drawn":
+            return self._drawn(1, name)
+        return self._builder.call(zeros(1, self._width)(), [], [], self._step.name, name)
+
+    def _drawn(self, rows: int, name: str) -> Node:
         law = "uniform" if self._settings["gates"] == "uniform" else "normal"
-        call = random_gates(self._numbers.experts, self._width)(std=self._settings["gate_std"], law=law)
+        call = random_gates(rows, self._width)(std=self._settings["gate_std"], law=law)
         return self._builder.call(call, [], [], self._step.name, name)
 
     def _of_states(self, states: Sequence[_States], name: str, index: int) -> Node:

@@ -227,6 +227,8 @@ def _scalar(param: Param) -> Schema:
     if param.kind == "globs":
         name: Schema = {"type": "string", "minLength": 1}
         return {"anyOf": [name, {"type": "array", "items": name, "minItems": 1}]}
+    if param.kind == "texts":
+        return {"anyOf": [TEXT, {"type": "array", "items": TEXT, "minItems": 1}]}
     if param.kind == "layers":
         return {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}
     made: Schema = {"type": param.kind}

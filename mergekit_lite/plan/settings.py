@@ -153,7 +153,8 @@ def _settings(step: Step, method: Method) -> list[Problem]:
 
 
 def _fault(param: Param, scalar: Any) -> str | None:
-    if isinstance(scalar, tuple) and param.kind not in ("layers", "words", "integers", "spans", "globs"):
+    several = ("layers", "words", "integers", "spans", "globs", "texts")
+    if isinstance(scalar, tuple) and param.kind not in several:
         return f"`{param.name}` is one value, not a list"
     return param.fault(scalar)
 

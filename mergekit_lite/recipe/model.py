@@ -21,7 +21,8 @@ class Ref:
 @dataclass(frozen=True, slots=True)
 class Model:
     """A checkpoint to load: `location` is a path or a Hub id, `revision` what stood after `@`. `adapter` and its
-    revision are those of an adapter that is folded in; without a location it is a delta by itself."""
+    revision are those of an adapter that is folded in; without a location it is a delta by itself. `absent` is the
+    finding where there is nothing yet."""
 
     name: str
     location: str
@@ -29,6 +30,7 @@ class Model:
     mark: Mark
     adapter: str | None = None
     adapter_revision: str | None = None
+    absent: Problem | None = None
 
 
 @dataclass(frozen=True, slots=True)

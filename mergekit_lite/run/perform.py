@@ -13,8 +13,8 @@ from mergekit_lite.errors import Problem, RecipeError
 from mergekit_lite.plan.decompose import decomposed
 from mergekit_lite.plan.lock import changed_inputs, changed_outputs, errors_of, lock_text, unchecked_inputs
 from mergekit_lite.plan.model import Plan
-from mergekit_lite.run.compress import coded
 from mergekit_lite.plan.share import spread
+from mergekit_lite.run.compress import coded
 from mergekit_lite.run.digest import Digests, file_digests
 from mergekit_lite.run.execute import execute
 from mergekit_lite.run.finish import (

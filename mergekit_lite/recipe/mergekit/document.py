@@ -11,6 +11,7 @@ from mergekit_lite.recipe.mergekit.reference import Key, Reference, read_referen
 from mergekit_lite.recipe.node import Entry, ListNode, MapNode, Node, ScalarNode, describe
 
 DTYPES = ("float32", "float16", "bfloat16")
+_DTYPE_HINT = "one of `float32`, `float16`, `bfloat16`"
 TOP_KEYS = (
     "name", "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
     "tokenizer_source", "tokenizer", "chat_template", "compat",
@@ -22,7 +23,6 @@ _SIGNS = ("merge_method", "slices", "modules", "base_model", "experts", "gate_mo
 _EXAMPLE = (
     "for example `models: [{model: org/a, parameters: {weight: 0.5}}, {model: org/b, parameters: {weight: 0.5}}]`"
 )
-_DTYPE_HINT = "one of `float32`, `float16`, `bfloat16`"
 
 Parameters = Mapping[str, Entry]
 
@@ -87,14 +87,22 @@ def read_document(node: Node, problems: list[Problem], notes: list[Problem]) -> 
         hint = "every document has a `merge_method`"
         problems.append(Problem(f"a document is a mapping at its top, not {describe(node)}", node.mark, hint))
         return None
-    if "experts" in node.entries or "gate_mode" in node.entries:
-        mark = node.entries["experts" if "experts" in node.entries else "gate_mode"].mark
-        hint = (
-            "this file is for mergekit-moe, which makes a new router; merge the experts' models with a `merge_method`"
-        )
-        problems.append(Problem("mixtures of experts made of dense models are not supported", mark, hint))
-        return None
     return _Reader(problems, notes).document(node)
+
+
+def read_dtype(node: Node | None, key: str, problems: list[Problem]) -> str | None:
+    """The dtype under `key`, None where there is none or it is at fault."""
+    if node is None or (isinstance(node, ScalarNode) and node.value is None):
+        return None
+    value = node.value if isinstance(node, ScalarNode) else None
+    name = value.removeprefix("torch.") if isinstance(value, str) else ""
+    if name in DTYPES:
+        return name
+    hint = (suggest(name, DTYPES) if name else None) or _DTYPE_HINT
+    if name == "int64":
+        hint = f"weights are numbers with a fraction; {_DTYPE_HINT}"
+    problems.append(Problem(f"`{key}` must be a floating type, not {describe(node)}", node.mark, hint))
+    return None
 
 
 class _Reader:
@@ -152,17 +160,7 @@ class _Reader:
         return read_reference(found, "`base_model`", self.problems)
 
     def dtype(self, node: Node | None, key: str) -> str | None:
-        if node is None or (isinstance(node, ScalarNode) and node.value is None):
-            return None
-        value = node.value if isinstance(node, ScalarNode) else None
-        name = value.removeprefix("torch.") if isinstance(value, str) else ""
-        if name in DTYPES:
-            return name
-        hint = (suggest(name, DTYPES) if name else None) or _DTYPE_HINT
-        if name == "int64":
-            hint = f"weights are numbers with a fraction; {_DTYPE_HINT}"
-        self.add(f"`{key}` must be a floating type, not {describe(node)}", node.mark, hint)
-        return None
+        return read_dtype(node, key, self.problems)
 
     def compat(self, node: Node | None) -> bool:
         value = False if node is None else node.value if isinstance(node, ScalarNode) else None

@@ -14,13 +14,15 @@ from dataclasses import dataclass, replace
 from mergekit_lite.errors import Mark, Problem, suggest
 from mergekit_lite.recipe.links import cycles, ends_of, references
 from mergekit_lite.recipe.mergekit.document import Document, Slice, Source, read_document
+from mergekit_lite.recipe.mergekit.experts import is_mixture, read_experts
 from mergekit_lite.recipe.mergekit.language import TABLE
 from mergekit_lite.recipe.mergekit.merge import MergeReader
+from mergekit_lite.recipe.mergekit.mixture import mixture_step
 from mergekit_lite.recipe.mergekit.parameter import Span
 from mergekit_lite.recipe.mergekit.reference import Key, Reference
 from mergekit_lite.recipe.mergekit.vocabulary import differing, read_tokenizer, same_wish
 from mergekit_lite.recipe.model import Input, Model, Recipe, Ref, Save, Step, Tokenizer
-from mergekit_lite.recipe.node import Node
+from mergekit_lite.recipe.node import MapNode, Node
 from mergekit_lite.recipe.save import DEFAULT_SHARD
 from mergekit_lite.recipe.value import Value
 
@@ -35,6 +37,8 @@ def read_mergekit(
     Reading mergekit's own language ends here: `text` is kept, and `to_yaml` writes the recipe in the native one.
     """
     maker = _Maker(problems)
+    if any(is_mixture(node) for node in nodes):
+        return _mixture(maker, nodes, text, file, overrides)
     documents = [found for node in nodes if (found := read_document(node, problems, maker.notes)) is not None]
     if not documents:
         return None
@@ -50,6 +54,23 @@ def read_mergekit(
         text=text,
         overrides=overrides,
         notes=tuple(maker.notes),
+    )
+
+
+def _mixture(maker: _Maker, nodes: Sequence[Node], text: str, file: str, overrides: tuple[str, ...]) -> Recipe | None:
+    """The recipe of a document for mergekit-moe."""
+    if len(nodes) > 1:
+        hint = "keep it in a file of its own, and name the checkpoint that the other documents make"
+        maker.add("a mixture of experts is the only document of its file", nodes[1].mark, hint)
+    root = next(node for node in nodes if is_mixture(node))
+    assert isinstance(root, MapNode)
+    found = read_experts(root, maker.problems, maker.notes)
+    if found is None:
+        return None
+    step = mixture_step(found, file, maker.ref, maker.name, maker.models)
+    save = Save(None, None, found.dtype, DEFAULT_SHARD, found.mark)
+    return Recipe(
+        maker.models, {step.name: step}, (save,), 0, file, text, overrides=overrides, notes=tuple(maker.notes)
     )
 
 
