@@ -13,7 +13,7 @@ from mergekit_lite.plan.order import GRAIN, walk
 from mergekit_lite.recipe.model import Recipe
 
 # Part of the digest: a change of a kernel, a statistic or the random masks that changes bytes raises it.
-ARITHMETIC = 4
+ARITHMETIC = 5
 
 
 def plan_digest(
