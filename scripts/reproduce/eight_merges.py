@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import eight_vit
 import torch
 import yaml
 from eight_tasks import LAYERS, Experiment, Weights, accuracy, fisher, grams
@@ -169,6 +170,8 @@ class Bench:
         self.tasks = list(experiment.tuned)
         self.models: dict[str, Weights] = {"base": experiment.base, **experiment.tuned}
         for task, encoder in experiment.tuned.items():
+            if eight_vit.FIRST in encoder:
+                continue  # no statistics of a transformer: its rows are those of masks
             images = self.data[task].images["train"][:EXAMPLES]
             self.models[f"{task}.fisher"] = fisher(encoder, self.data[task].head, images)
             self.models[f"{task}.regmean"] = grams(encoder, images)
