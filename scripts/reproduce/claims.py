@@ -76,7 +76,8 @@ class Bar:
 @dataclass(frozen=True)
 class Claim:
     """One row of the specification's plan. `source` names the paper and what it claims, `details` a page of docs/ that
-    says more. Of a claim without bars that count nothing is claimed at this scale; then `notes` says why."""
+    says more. Of a claim without bars that count nothing is claimed at this scale; then `notes` says why.
+    `remark` says more of what was measured."""
 
     number: str
     title: str
@@ -86,6 +87,7 @@ class Claim:
     bars: Sequence[Bar] = ()
     notes: str = ""
     details: str = ""
+    remark: Callable[[Found], str] = lambda found: ""
 
     def missed(self, found: Found) -> list[Bar]:
         """The bars that count and are not reached."""
@@ -100,7 +102,8 @@ class Claim:
 @dataclass(frozen=True)
 class Experiment:
     """What is measured together. `measure` gives the numbers of one seed; `setting` all that they depend on, made only
-    when it is asked for. `drawn`: whether anything is drawn at random; otherwise one seed says all."""
+    when it is asked for. `drawn`: whether anything is drawn at random; otherwise one seed says all, and it is the
+    program itself that is measured, anew each time."""
 
     name: str
     measure: Callable[[int], Measurement]

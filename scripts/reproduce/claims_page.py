@@ -106,7 +106,8 @@ def section(claim: Claim, experiment: Experiment, found: Found) -> str:
     if claim.bars:
         rows = [[bar.what, limit(bar), f"{bar.of(found):{bar.show}}", verdict(bar, found)] for bar in claim.bars]
         parts.append(table(("bar", "", "measured", ""), rows, ":- -: -: :-"))
-    parts.append(f"**{judged(claim, experiment, found).capitalize()}.** {claim.notes}".rstrip())
+    said = (f"**{judged(claim, experiment, found).capitalize()}.**", claim.notes, claim.remark(found))
+    parts.append(" ".join(filter(None, said)))
     if claim.details:
         parts.append(f"More: [{claim.details}]({claim.details}).")
     return "\n\n".join(parts)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from eight_merges import Bench, Row, Score, all_rows
+from eight_store import store
 from eight_tasks import Setting, experiment
 from eight_text import Results, bars_text, census_text, document, tables
 from rich.console import Console
@@ -54,7 +55,7 @@ def score(row: Row, seed: int, setting: Setting) -> Score:
 
 def census(seed: int, setting: Setting) -> dict[str, float]:
     measured = bench(seed, setting)
-    return measured.census() | measured.store()
+    return measured.census() | store(measured)
 
 
 def measure(workers: int, console: Console) -> Results:

@@ -1,7 +1,8 @@
 """Measurements on disk: one file for each seed in the cache, and all that the page is written from in one.
 
 A measurement in the cache counts as long as the experiment's setting and the release of torch are the same; what the
-code does with them is not looked at, so after a change of code `--fresh` measures anew.
+code does with them is not looked at, so after a change of code `--fresh` measures anew. Experiments that draw nothing
+are runs of tests, and measured anew each time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ DIGITS = 6  # significant ones that are kept
 def cached(experiment: Experiment, seed: int, fresh: bool = False) -> Measurement:
     """The numbers of one seed, from the cache or measured."""
     file = CACHE / f"{experiment.name}-{seed}-{experiment.digest}-{torch.__version__}.json"
-    if fresh or not file.is_file():
+    if fresh or not experiment.drawn or not file.is_file():
         found = {name: rounded(value) for name, value in experiment.measure(seed).items()}
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")

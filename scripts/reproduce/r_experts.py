@@ -125,11 +125,12 @@ EXPERIMENT = Experiment(
                 ),
             ),
             "The specification does not say whether a bar is one for every seed or for their mean, so both are held "
-            "against it where they could differ. Nor does it say whether the units of its random groups are matched. On "
-            "its own seeds, 0 and 1, and at 8 to 4, where the bar is, its figures for them are nearer to those of our "
-            "random groups *without* permutation (at 8 to 2 to those with it). So the bar is held against the former, and "
-            "the share of the latter is shown without a claim. The control, *keep dominants*, drops experts instead of "
-            "merging them (`mode: prune, router: compact`); the specification claims nothing of it.",
+            "against it where they could differ. Nor does it say whether the units of its random groups are matched. "
+            "On its own seeds, 0 and 1, and at 8 to 4, where the bar is, its figures for them are nearer to those of "
+            "our random groups *without* permutation (at 8 to 2 to those with it). So the bar is held against the "
+            "former, and the share of the latter is shown without a claim. The control, *keep dominants*, drops "
+            "experts instead of merging them (`mode: prune, router: compact`); the specification claims nothing of "
+            "it.",
             "experts.md",
         ),
     ),

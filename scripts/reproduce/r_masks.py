@@ -8,6 +8,7 @@ import torch
 from claims import Bar, Claim, Experiment, Figure, Found, Measurement
 from eight_merges import FACTOR, LAMBDAS, MAGNITUDE, MODELS_PER_TASK, THRESHOLDS, Bench, Row
 from eight_page import CACHE
+from eight_store import store
 from eight_tasks import Setting, experiment
 
 KS, DENSITIES = (1, 2, 3), (0.1, 0.5, 0.9)
@@ -39,8 +40,8 @@ def measure_setting(seed: int, setting: Setting) -> Measurement:
     found |= {name: bench.score(row).accuracy for name, row in ROWS.items()}
     census = bench.census()
     shared = 100 - census["in none"] - census["in one"]
-    found |= census | {"in several": shared} | bench.store()
-    zero = bench.merge("consensus", {"k": 0, "threshold": bench.thresholds(), "lambda": ZERO})
+    found |= census | {"in several": shared} | store(bench)
+    zero = bench.merge("consensus", {"k": 0, "threshold": bench.thresholds, "lambda": ZERO})
     sums = bench.merge("task_arithmetic", {"lambda": ZERO})
     bits = {name: (zero[name].view(torch.int32), sums[name].view(torch.int32)) for name in sums}
     return found | {"apart at k 0": float(sum(int((a != b).sum()) for a, b in bits.values()))}

@@ -8,11 +8,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from claims import Bar, Claim, Experiment, Figure, Measurement
+from claims import Bar, Claim, Experiment, Figure, Found, Measurement
 from measured import ROOT
 from suite import environment, pytest_failed
 
 TESTS = ROOT / "tests"
+UNREAD = "unread "
 ANSWERS = TESTS / "oracles.json"
 
 
@@ -36,7 +37,14 @@ def measure(seed: int) -> Measurement:
         "held": found["held"],
         "apart in float64": found["apart"]["float64"],
         "apart in float32": found["apart"]["float32"],
+        **{f"{UNREAD}{case}": 1.0 for case in found["unread"]},
     }
+
+
+def unread(found: Found) -> str:
+    """The answers that no test reads."""
+    cases = sorted({name.removeprefix(UNREAD) for m in found.seeds.values() for name in m if name.startswith(UNREAD)})
+    return f"No test reads {', '.join(cases)}." if cases else ""
 
 
 EXPERIMENT = Experiment(
@@ -74,6 +82,7 @@ EXPERIMENT = Experiment(
                     ".1e",
                 ),
             ),
+            remark=unread,
         ),
     ),
     seeds=(0,),

@@ -22,9 +22,12 @@ import experiments
 import expert_page
 import measured
 import r_experts
+import r_masks
+import r_masks_vit
 import suite
 import tucker_convs
 from claims import Bar, Claim, Experiment, Figure, Found
+from eight_tasks import Setting
 
 from mergekit_lite.methods.tucker import decomposed
 
@@ -183,6 +186,28 @@ def test_answers_that_tests_read_are_counted(tmp_path: Path):
     subprocess.run([sys.executable, *words], cwd=tmp_path, env=suite.environment(), capture_output=True, check=False)
     noted = json.loads((tmp_path / "noted.json").read_text())
     assert (noted["cases"], noted["read"], noted["held"], noted["unread"]) == (3, 2, 1, ["m/unread"])
+
+
+@pytest.mark.parametrize("one", [r_masks, r_masks_vit], ids=["mlp", "vit"])
+def test_masks_of_tiny_encoders_give_every_figure(one: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(r_masks, "CACHE", tmp_path)
+    monkeypatch.setattr(r_masks, "ROWS", {n: replace(r, choices=few(r.choices)) for n, r in r_masks.ROWS.items()})
+    kind = "vit" if one is r_masks_vit else "mlp"
+    setting = Setting(kind=kind, width=8, train=60, validation=30, base_epochs=1, head_epochs=1, epochs=1)
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    found = Found({0: r_masks.measure_setting(0, setting)})
+    torch.set_num_threads(threads)
+    torch.set_rng_state(state)
+    assert found["apart at k 0"] == [0.0]
+    parts = ("in none", "in one", "in several")
+    assert sum(found.mean(part) for part in parts) == pytest.approx(100) and min(map(found.mean, parts)) >= 0
+    for made in one.EXPERIMENT.claims:
+        values = [value for figure in made.figures for value in figure.values(found)]
+        assert np.isfinite([*values, *(bar.of(found) for bar in made.bars)]).all(), made.title
+
+
+def few(choices: Any) -> Any:
+    return {name: values[:2] for name, values in choices.items()}
 
 
 def test_the_transformer_is_that_of_torch():
