@@ -88,7 +88,7 @@ def gaps(
             yield f"- {name}: missed. {bar.what}: {bar.of(found):{bar.show}}, not {limit(bar)}."
         for bar in claim.bars:
             if not bar.claimed and not bar.met(found):
-                yield f"- {name}: not claimed. {bar.what}: {bar.of(found):{bar.show}}, which would miss {limit(bar)}."
+                yield f"- {name}: not claimed. {bar.what}: {bar.of(found):{bar.show}}; a bar of {limit(bar)} would be missed."
         if claim.verdict(found) == OPEN:
             yield f"- {name}: nothing is claimed. {claim.notes}"
         if not experiment.enough(found):

@@ -113,7 +113,7 @@ EXPERIMENT = Experiment(
                 limited(beside("tall_masks"), "points above task arithmetic", 4),
                 Bar("read back from the store", lambda m: m.mean("from the store"), "at least", 97, ".2f"),
                 Bar(
-                    "the store's bytes, percent (72 bits of 256, headers on top)",
+                    "the store's bytes, percent of eight checkpoints (72 bits of 256)",
                     lambda m: max(m["stored"]),
                     "below",
                     28.5,

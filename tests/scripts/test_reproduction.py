@@ -79,6 +79,8 @@ def test_the_page_says_what_is_missed_and_by_how_much():
     missed = claims_page.document({"R5": "a title"}, [(experiment(mean("at least", 2.5)), found)])
     assert "- R5, a title: missed. the mean of x: 2.000, not at least 2.5." in missed
     assert "| missed | 0 of 1 |" in missed and "**Missed.**" in missed
+    shown = claims_page.document({"R5": ""}, [(experiment(mean("at least", 2.5, claimed=False)), found)])
+    assert "not claimed (would be missed)" in shown and "2.000; a bar of at least 2.5 would be missed." in shown
     assert "| a figure | 0.3 | 2.000 ± 1.000 | 1.000 2.000 3.000 |" in missed
 
 
