@@ -28,7 +28,9 @@ def write(store: Path = measured.STORE) -> None:
     """Write the pages from what is stored, and show the verdicts."""
     stored = measured.load(store)
     everything = [(e, found) for e in EXPERIMENTS if (found := measured.found(stored, e)) is not None]
-    PAGE.write_text(claims_page.document(PLAN, everything), encoding="utf-8")
+    PAGE.write_text(
+        claims_page.document(PLAN, everything, [e for e in EXPERIMENTS if e.name not in stored]), encoding="utf-8"
+    )
     shown = Table("", "claim", "verdict", "bars met", "seeds", box=None)
     for experiment, found in everything:
         for claim in experiment.claims:

@@ -38,16 +38,22 @@ scripts/reproduce/experiments.py lists.
 Stored = Sequence[tuple[Experiment, Found]]
 
 
-def document(plan: Mapping[str, str], measured: Stored) -> str:
-    """The page: `plan` are the titles of all that should be reproduced, by number."""
+def document(plan: Mapping[str, str], measured: Stored, waiting: Sequence[Experiment] = ()) -> str:
+    """The page: `plan` are the titles of all that should be reproduced, by number, `waiting` are experiments that have
+    not been run."""
     claims = sorted(
         ((claim, experiment, found) for experiment, found in measured for claim in experiment.claims),
         key=lambda one: list(plan).index(one[0].number),
     )
-    missing = [number for number in plan if number not in {claim.number for claim, _, _ in claims}]
+    unrun = [(claim.number, claim.title) for one in waiting for claim in one.claims]
+    there = {claim.number for claim, _, _ in claims} | {number for number, _ in unrun}
+    missing = sorted(
+        [*unrun, *((number, title) for number, title in plan.items() if number not in there)],
+        key=lambda one: list(plan).index(one[0]),
+    )
     text = TEXT.format(
         summary=table(("", "claim", "verdict", "bars met", "seeds"), [line(*one) for one in claims], ":- :- :- -: -:"),
-        open="\n".join(gaps(plan, missing, claims)) or "Nothing: all bars are met.",
+        open="\n".join(gaps(missing, claims)) or "Nothing: all bars are met.",
         sections="".join(f"\n{section(*one)}\n" for one in claims),
     )
     return page(text)
@@ -76,19 +82,18 @@ def seeds(experiment: Experiment, found: Found) -> str:
     return f"{len(found.seeds)}" if experiment.drawn else "nothing is drawn"
 
 
-def gaps(
-    plan: Mapping[str, str], missing: Sequence[str], claims: Sequence[tuple[Claim, Experiment, Found]]
-) -> Iterator[str]:
+def gaps(missing: Sequence[tuple[str, str]], claims: Sequence[tuple[Claim, Experiment, Found]]) -> Iterator[str]:
     """Items of a list: what is missing, missed and not claimed."""
-    for number in missing:
-        yield f"- {number}, {plan[number]}: not measured."
+    for number, title in missing:
+        yield f"- {number}, {title}: not measured."
     for claim, experiment, found in claims:
         name = f"{claim.number}, {claim.title}"
         for bar in claim.missed(found):
             yield f"- {name}: missed. {bar.what}: {bar.of(found):{bar.show}}, not {limit(bar)}."
         for bar in claim.bars:
             if not bar.claimed and not bar.met(found):
-                yield f"- {name}: not claimed. {bar.what}: {bar.of(found):{bar.show}}; a bar of {limit(bar)} would be missed."
+                value = f"{bar.of(found):{bar.show}}"
+                yield f"- {name}: not claimed. {bar.what}: {value}; a bar of {limit(bar)} would be missed."
         if claim.verdict(found) == OPEN:
             yield f"- {name}: nothing is claimed. {claim.notes}"
         if not experiment.enough(found):
