@@ -23,7 +23,8 @@ from r_masks import (
 VIT = Setting(kind="vit", width=48, base_epochs=20, epochs=40, rate=5e-4)
 ENCODER = (
     "The eight tasks of R5; the encoder is a Vision Transformer of three blocks, width 48, on patches of 2x2, "
-    "fine-tuned for 40 epochs of Adam at 5e-4."
+    "fine-tuned for 40 epochs of Adam at 5e-4. The base has learnt the upright digits for 20 epochs: of 0, 5 and 20, "
+    "tried with seed 0 on the validation split, this came nearest to the specification's base and task arithmetic."
 )
 INDICATIVE = "The specification measured one seed, so its figures are indicative."
 

@@ -195,13 +195,11 @@ def test_answers_that_tests_read_are_counted(tmp_path: Path):
     assert (noted["cases"], noted["read"], noted["held"], noted["unread"]) == (3, 2, 1, ["m/unread"])
 
 
-@pytest.mark.parametrize("one", [r_masks, r_masks_vit], ids=["mlp", "vit"])
-def test_masks_of_tiny_encoders_give_every_figure(one: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_masks_of_a_tiny_transformer_give_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(r_masks, "CACHE", tmp_path)
     monkeypatch.setattr(eight_merges, "MODELS_PER_TASK", (replace(r_masks.ROWS["tall_masks"], choices=FEW),))
     monkeypatch.setattr(r_masks, "ROWS", {n: replace(r, choices=few(r.choices)) for n, r in r_masks.ROWS.items()})
-    kind = "vit" if one is r_masks_vit else "mlp"
-    setting = Setting(kind=kind, width=8, train=60, validation=30, base_epochs=1, head_epochs=1, epochs=1)
+    setting = Setting(kind="vit", width=8, train=60, validation=30, base_epochs=1, head_epochs=1, epochs=1)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     found = Found({0: r_masks.measure_setting(0, setting)})
     torch.set_num_threads(threads)
@@ -209,7 +207,7 @@ def test_masks_of_tiny_encoders_give_every_figure(one: Any, tmp_path: Path, monk
     assert found["apart at k 0"] == [0.0]
     parts = ("in none", "in one", "in several")
     assert sum(found.mean(part) for part in parts) == pytest.approx(100) and min(map(found.mean, parts)) >= 0
-    for made in one.EXPERIMENT.claims:
+    for made in r_masks_vit.EXPERIMENT.claims:
         values = [value for figure in made.figures for value in figure.values(found)]
         assert np.isfinite([*values, *(bar.of(found) for bar in made.bars)]).all(), made.title
 
