@@ -6,6 +6,8 @@ TORCH_OPTIONS ?=
 PYTEST_OPTIONS ?= -n 2
 # Options for the benchmarks, e.g. BENCH_OPTIONS="--mergekit ../mergekit/bin/mergekit-yaml --sizes 60M"
 BENCH_OPTIONS ?=
+# Options for the reproduction, e.g. REPRODUCE_OPTIONS="--workers 1"
+REPRODUCE_OPTIONS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -35,9 +37,10 @@ demo/.trained: scripts/train_digits.py scripts/digits.py | $(INSTALLED)
 	$(BIN)/python scripts/train_digits.py --out demo
 	@touch $@
 
-reproduce: $(INSTALLED) ## compare merges on eight tasks, match networks; write docs/reproduce.md and docs/alignment.md
-	$(BIN)/python scripts/reproduce.py --write docs/reproduce.md
-	$(BIN)/python scripts/reproduce_permute.py --write docs/alignment.md
+reproduce: $(INSTALLED) ## measure what the papers claim, write docs/reproduction.md and the pages behind it
+	$(BIN)/python scripts/reproduce $(REPRODUCE_OPTIONS)
+	$(BIN)/python scripts/reproduce/eight_page.py --write docs/eight_tasks.md
+	$(BIN)/python scripts/reproduce/alignment_page.py --write docs/alignment.md
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)

@@ -99,7 +99,7 @@ def _make_demo(folder: Path) -> str:
     environment |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "80", "NO_COLOR": "1"}
     printed = []
     # The statistics are what the recipes of `fisher` and `regmean` read, the experts what that of `merge_experts` does.
-    experts = [sys.executable, "scripts/expert_merges.py", "--prepare", "--seeds", "0", "--steps", "2"]
+    experts = [sys.executable, "scripts/reproduce/expert_merges.py", "--seeds", "0", "--steps", "2"]
     for command in (
         ["make", "--no-print-directory", "demo"],
         [sys.executable, "scripts/statistics_digits.py"],

@@ -42,16 +42,9 @@ sys.path.append(str(ROOT / "scripts"))
 import digits  # noqa: E402
 
 DOCUMENTS = (
-    *("README.md", "docs/design.md", "docs/recipes.md", "docs/statistics.md", "docs/search.md", "docs/methods.md"),
-    *(
-        "docs/compat.md",
-        "docs/families.md",
-        "docs/alignment.md",
-        "docs/strangers.md",
-        "docs/reliability.md",
-        "docs/ci.md",
-    ),
-    "docs/reproduce.md",
+    *("README.md", "docs/design.md", "docs/recipes.md", "docs/statistics.md", "docs/search.md"),
+    *("docs/methods.md", "docs/compat.md", "docs/families.md", "docs/alignment.md", "docs/strangers.md"),
+    *("docs/reliability.md", "docs/ci.md", "docs/eight_tasks.md", "docs/experts.md", "docs/reproduction.md"),
 )
 RECIPES = sorted(
     str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "families"

@@ -117,10 +117,12 @@ def consensus(
     Source: Wang et al., Localizing task information for improved model merging and compression, ICML 2024, arXiv
     2405.07813.
     """
-    multi = (
-        ties(*deltas, density=density, scope=scope, aggregate="sum")
-        if multi_task == "ties"
-        else linear(*deltas, normalize=False)
-    )
+    if multi_task == "ties":
+        multi = ties(*deltas, density=density, scope=scope, aggregate="sum")
+        scaled = linear(multi, weight=lambda_, normalize=False)
+    else:
+        multi = linear(*deltas, normalize=False)
+        # The factor goes to each delta, as in task arithmetic, so that what is kept has the same bits.
+        scaled = linear(*deltas, weight=[lambda_] * len(deltas), normalize=False)
     masks = [tall_masks(d, multi, threshold=t, output="mask") for d, t in zip(deltas, threshold, strict=True)]
-    return linear(keep_shared(multi, *masks, k=k), weight=lambda_, normalize=False)
+    return keep_shared(scaled, *masks, k=k)

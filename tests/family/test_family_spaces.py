@@ -7,7 +7,7 @@ import functools
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from mergekit_lite.family.spaces import Space
 
 # Norms and the softmax of decoders and T5 compute in single precision even where the model is in double.
 TOLERANCE = {True: 1e-4, False: 1e-9}
+Record = Callable[[str, object], None]  # pytest's `record_property`; `make reproduce` reads what it is given
 INNER = ("past_key_values", "encoder_last_hidden_state", "router_logits")
 HIDDEN, INTERMEDIATE = 24, 20  # lengths that no fixed axis has
 
@@ -131,7 +132,7 @@ def change(before: torch.Tensor, after: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_permutations_of_every_space_leave_the_outputs_as_they_are(name: str):
+def test_permutations_of_every_space_leave_the_outputs_as_they_are(name: str, record_property: Record):
     it = case(name)
     assert len({space.name for space in it.spaces}) == len(it.spaces) and all(space.size > 1 for space in it.spaces)
     permutations = member(it.spaces)
@@ -140,7 +141,9 @@ def test_permutations_of_every_space_leave_the_outputs_as_they_are(name: str):
         assert any(not torch.equal(alone[tensor], it.tensors[tensor]) for tensor in alone), space.name
     before = it.outputs()
     assert change(before, it.outputs(seed=2)) > 0.01, "a network that does not look at its inputs proves nothing"
-    assert change(before, it.outputs(it.permuted(it.spaces, permutations))) < TOLERANCE[it.tiny.decoder]
+    found = change(before, it.outputs(it.permuted(it.spaces, permutations)))
+    record_property("change", found)
+    assert found < TOLERANCE[it.tiny.decoder]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -179,7 +182,7 @@ ROTARY = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "ol
 
 
 @pytest.mark.parametrize("name", ROTARY)
-def test_a_swapped_rotary_pair_changes_the_outputs(name: str):
+def test_a_swapped_rotary_pair_changes_the_outputs(name: str, record_property: Record):
     it = case(name)
     swapped = dict(it.tensors)
     width = it.shapes["model.layers.0.self_attn.k_proj.weight"][0] // it.config["num_key_value_heads"]
@@ -190,7 +193,9 @@ def test_a_swapped_rotary_pair_changes_the_outputs(name: str):
         if re.search(r"\.(q|k)_(proj|norm)\.", tensor):
             shape = values.shape
             swapped[tensor] = values.reshape(-1, width, *shape[1:])[:, order].reshape(shape)
-    assert change(it.outputs(), it.outputs(swapped)) > 0.1
+    found = change(it.outputs(), it.outputs(swapped))
+    record_property("change", found)
+    assert found > 0.1
 
 
 def test_every_model_type_with_spaces_has_a_model_here():

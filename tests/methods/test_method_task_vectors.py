@@ -95,6 +95,19 @@ def test_consensus_is_its_formula(multi_task: str, k: int) -> None:
     same(got, base.numpy() + 0.7 * (count >= k) * multi)
 
 
+@pytest.mark.parametrize("multi_task, like", [("sum", "task_arithmetic"), ("ties", "ties")])
+def test_consensus_that_keeps_all_has_the_bits_of_its_sum(multi_task: str, like: str) -> None:
+    *models, base = (x.float() for x in draw(2, 6, share=0.7))
+    shared = {"lambda": 0.3}
+    other = shared if like == "task_arithmetic" else {**shared, "density": 0.5, "aggregate": "sum", "scope": "global"}
+    settings = {**shared, "k": 0, "multi_task": multi_task, "density": 0.5}
+    got, wanted = (
+        evaluate(around_base(get(name), 5, **chosen), [[*models, base]], compute=torch.float32)[0]
+        for name, chosen in (("consensus", settings), (like, other))
+    )
+    assert torch.equal(got.view(torch.int32), wanted.view(torch.int32))
+
+
 def test_consensus_warns_of_masks_that_keep_little() -> None:
     remark = get("consensus").remark
     assert remark is not None

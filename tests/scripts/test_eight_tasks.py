@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+sys.path.append(str(Path(__file__).parents[2] / "scripts" / "reproduce"))
 import eight_merges
 import eight_tasks
 

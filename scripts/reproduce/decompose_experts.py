@@ -1,8 +1,8 @@
 """MC-SMoE on a tiny Mixtral: merge its experts, decompose them, and train what is left, as published; a few minutes.
 
-    python scripts/decompose_experts.py --out demo/experts
+    python scripts/reproduce/decompose_experts.py --out demo/experts
 
-The model, its merge to four experts a layer and its text are those of scripts/expert_merges.py. `use: decompose` makes
+The model, its merge to four experts a layer and its text are those of expert_merges.py. `use: decompose` makes
 the one-shot form, a model that transformers loads. The training starts from the same U V with all of W - U V as S;
 while it goes on, the rows of S with the smallest mean of |weight x gradient|, averaged over steps, are cut until the
 share is left. Routers stay as they are; the model before the merge teaches, with temperature 2 and weight 0.2. The
@@ -151,8 +151,7 @@ def write(model: Any, parts: list[LowRankRows], folder: Path) -> int:
 
 def measure(folder: Path, seed: int, steps: int, recovery: int, rank: int, share: float) -> dict[str, Any]:
     """Losses, in nats a character, and bytes of the experts of one network."""
-    tokens = tiny.text()
-    learnt, held = tokens[: len(tokens) * 9 // 10], tokens[len(tokens) * 9 // 10 :]
+    learnt, held = tiny.halves()
     batch = tiny.stretches(held, tiny.MEASURED, torch.Generator().manual_seed(5))
     teacher = tiny.prepared(folder, seed, learnt, steps)
     merged = tiny.merge(folder, "M-SMoE", INTO, "", "routers")

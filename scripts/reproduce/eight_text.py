@@ -1,4 +1,4 @@
-"""What `make reproduce` shows of its results: tables on the terminal, and the text of docs/reproduce.md."""
+"""What `make reproduce` shows of multi-task methods: tables on the terminal, and the text of docs/eight_tasks.md."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from eight_merges import EXAMPLES, LAMBDAS, THRESHOLDS, Row, Score
 from eight_tasks import Setting
-from reproduction import page
 from rich.box import SIMPLE
 from rich.table import Column, Table
+from work import page
 
 IMAGES = 1797  # in scikit-learn's digits
 CENSUS = {"in a mask": 29, "in none": 22, "in one": 17}  # what is expected, in percent
@@ -143,7 +143,7 @@ def census_text(results: Results) -> str:
 
 
 def document(results: Results) -> str:
-    """The text of docs/reproduce.md: the same for the same results."""
+    """The text of docs/eight_tasks.md: the same for the same results."""
     setting = Setting()
     headings = ("method", "accuracy", "of the seeds", "expected", "bar", "chosen on validation")
     text = TEXT.format(

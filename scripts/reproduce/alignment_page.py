@@ -1,6 +1,6 @@
 """Match the units of networks that were trained apart, and measure what lies between them: minutes on two cores.
 
-    python scripts/reproduce_permute.py --write docs/alignment.md
+    python scripts/reproduce/alignment_page.py --write docs/alignment.md
 
 The barrier is the most by which the loss on the straight line between two networks lies above the straight line
 between their losses, over 25 points.
@@ -22,10 +22,10 @@ from alignment_merges import Merger
 from alignment_models import Judge, Net, Weights, scores, trained
 from alignment_results import CNN, LLAMA, MLPS, SMOOTH, VIT, Line, Many, Results, Smooth
 from alignment_text import bars_text, document, tables
-from reproduction import processes
 from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from work import processes
 
 from mergekit_lite.align.apply import moves, permuted
 from mergekit_lite.align.ste import ste

@@ -1,6 +1,6 @@
 """Merge the models of eight tasks by every multi-task method and compare the results: minutes on two cores.
 
-    python scripts/reproduce.py --write docs/reproduce.md
+    python scripts/reproduce/eight_page.py --write docs/eight_tasks.md
 
 Accuracy is normalised: that of a merged model over that of the task's own fine-tune, mean over the tasks, in percent.
 The tables show the test split; all settings of methods are chosen on the validation split.
@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from eight_merges import Bench, Row, Score, all_rows
+from eight_store import store
 from eight_tasks import Setting, experiment
-from reproduce_text import Results, bars_text, census_text, document, tables
-from reproduction import processes
+from eight_text import Results, bars_text, census_text, document, tables
 from rich.console import Console
+from work import processes
 
 from mergekit_lite.merge import default_threads
 
@@ -54,7 +55,7 @@ def score(row: Row, seed: int, setting: Setting) -> Score:
 
 def census(seed: int, setting: Setting) -> dict[str, float]:
     measured = bench(seed, setting)
-    return measured.census() | measured.store()
+    return measured.census() | store(measured)
 
 
 def measure(workers: int, console: Console) -> Results:

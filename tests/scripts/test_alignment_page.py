@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+sys.path.append(str(Path(__file__).parents[2] / "scripts" / "reproduce"))
 import alignment_measure
 import alignment_models
+import alignment_page
 import alignment_results
 import alignment_text
-import reproduce_permute
 from alignment_merges import Merger
 
 WIDTH = 6
@@ -150,13 +150,13 @@ def test_activations_are_what_the_next_layer_reads(
 
 def test_learnt_orders_are_no_worse_than_matched_ones(cache: Path, monkeypatch: pytest.MonkeyPatch):
     """On the training images, by the loss of the mean with the first network."""
-    monkeypatch.setattr(reproduce_permute, "CACHE", cache)
-    monkeypatch.setattr(reproduce_permute, "STE_STEPS", 5)
-    first, other = (reproduce_permute.model(MLP, 0, number) for number in (0, 1))
-    found = reproduce_permute.learnt(MLP, 0, 1)
+    monkeypatch.setattr(alignment_page, "CACHE", cache)
+    monkeypatch.setattr(alignment_page, "STE_STEPS", 5)
+    first, other = (alignment_page.model(MLP, 0, number) for number in (0, 1))
+    found = alignment_page.learnt(MLP, 0, 1)
     np.testing.assert_array_equal(np.sort(units(found), axis=0), np.sort(units(other), axis=0))
     losses = [
-        reproduce_permute.judge(MLP, 0).measure(alignment_measure.mixed(first, one, 0.5), "train")[0]
+        alignment_page.judge(MLP, 0).measure(alignment_measure.mixed(first, one, 0.5), "train")[0]
         for one in (found, nearest(first, other))
     ]
     assert losses[0] <= losses[1] + 1e-6

@@ -22,9 +22,9 @@ from alignment_results import (
     bars,
     distance_falls,
 )
-from reproduction import page
 from rich.box import SIMPLE
 from rich.table import Table
+from work import page
 
 TEXT = """\
 # Matching networks that were trained apart

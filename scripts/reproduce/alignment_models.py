@@ -25,7 +25,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 Weights = dict[str, Tensor]
-FAMILIES = Path(__file__).parents[1] / "recipes" / "families"
+FAMILIES = Path(__file__).parents[2] / "recipes" / "families"
 CONTEXT = 128  # bytes of source text in one example
 HEADS = 4
 TEXT_BYTES = 3_000_000

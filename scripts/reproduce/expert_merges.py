@@ -1,16 +1,20 @@
-"""Train a tiny Mixtral on the standard library's source, merge its experts in every way, measure the loss: minutes.
+"""Train a tiny Mixtral on the standard library's source, merge its experts in every way, measure the loss.
 
-    python scripts/expert_merges.py --out demo/experts --write docs/experts.md
+    python scripts/reproduce/expert_merges.py --out demo/experts
 
-Two layers, eight experts, the two best of which a token goes to, characters as tokens; seeds 0 and 1 train 800 and 500
-steps. Every merge is a recipe that is run to a folder, which transformers loads. The statistics of the routers are
-those of other text than the loss is measured on. A network that is there already is not trained anew.
+makes the networks and the statistics of their routers alone; what is measured of them is on the page that
+`python scripts/reproduce --only R11` writes.
+
+Two layers, eight experts, the two best of which a token goes to, characters as tokens. Every merge is a recipe that is
+run to a folder, which transformers loads. The statistics of the routers are those of other text than the loss is
+measured on. A network that is there already is not trained anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,12 +27,14 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from mergekit_lite import load_recipe, plan, run
 
-STEPS = {0: 800, 1: 500}  # by seed
+STEPS = {0: 800, 1: 500, 2: 800}  # by seed
 CONTEXT, BATCH, RATE = 64, 32, 3e-3
 TEXT_BYTES = 2_000_000
 MEASURED, COUNTED = 128, 256  # stretches of text that losses and statistics are taken of
 RECOVERY = 150  # steps that merged experts are trained on, as far as that is asked for
 EXPERTS = 8
+INTO = (4, 2)
+OUT = Path("demo/experts")
 # What is merged how, and the rise of the loss that the specification measured with seeds 0 and 1, for 4 and 2 experts.
 VARIANTS: dict[str, tuple[str, str, dict[int, tuple[float, float]]]] = {
     "M-SMoE": ("", "routers", {4: (0.18, 0.20), 2: (0.57, 0.54)}),
@@ -47,6 +53,8 @@ VARIANTS: dict[str, tuple[str, str, dict[int, tuple[float, float]]]] = {
     "M-SMoE, compact": ("router: compact", "routers", {}),
     "M-SMoE, compact, mean rows": ("router: compact, rows: mean", "routers", {}),
 }
+
+RECOVERED = {"M-SMoE": (0.013, -0.009), "random groups": (0.11, 0.05), "random groups, no permutation": (0.11, 0.05)}
 
 
 def text() -> Tensor:
@@ -103,9 +111,8 @@ def trained(folder: Path, seed: int, tokens: Tensor, count: int) -> Any:
             eos_token_id=2,
         )
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-        for number in steps(model, tokens, count, RATE, seed):
-            if number % 100 == 0:
-                print(f"seed {seed}: {number} of {count} steps", flush=True)
+        for _ in steps(model, tokens, count, RATE, seed):
+            pass
         model.config.output_router_logits = False
         model.save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder).eval()  # type: ignore[no-untyped-call]
@@ -147,16 +154,16 @@ def write_random(layers: int, path: Path, seed: int) -> None:
 
 
 def merge(folder: Path, name: str, into: int, settings: str, statistics: str) -> Path:
-    """The folder of the model with merged experts."""
+    """The folder of the model with merged experts, written anew."""
     out = folder / f"{name.replace(' ', '_').replace(',', '')}_{into}"
-    if not out.exists():
-        recipe = folder / f"{out.name}.yaml"
-        models = f"{{trained: {folder / 'model'}, statistics: {folder / statistics}.safetensors}}"
-        step = f"{{use: merge_experts, of: trained, with: {{into: {into}, statistics: statistics, {settings}}}}}"
-        recipe.write_text(
-            f"version: 1\nmodels: {models}\nsteps: {{merged: {step}}}\nsave: {{to: {out}}}\n", encoding="utf-8"
-        )
-        run(plan(load_recipe(recipe), threads=1), threads=1)
+    shutil.rmtree(out, ignore_errors=True)
+    recipe = folder / f"{out.name}.yaml"
+    models = f"{{trained: {folder / 'model'}, statistics: {folder / statistics}.safetensors}}"
+    step = f"{{use: merge_experts, of: trained, with: {{into: {into}, statistics: statistics, {settings}}}}}"
+    recipe.write_text(
+        f"version: 1\nmodels: {models}\nsteps: {{merged: {step}}}\nsave: {{to: {out}}}\n", encoding="utf-8"
+    )
+    run(plan(load_recipe(recipe), threads=1), threads=1)
     return out
 
 
@@ -197,89 +204,43 @@ def prepared(folder: Path, seed: int, train: Tensor, count: int) -> Any:
     return model
 
 
-def measure(folder: Path, seed: int, train: Tensor, held: Tensor, count: int, recovery: bool) -> dict[str, Any]:
-    """The losses of one seed: before, and by variant and number of experts after."""
+def measure(folder: Path, seed: int, count: int) -> dict[str, float]:
+    """The losses of one seed, in nats a character: `before`, and by variant and number of experts by how much the merge
+    raises it; the same of some after a little training."""
+    train, held = halves()
     batch = stretches(held, MEASURED, torch.Generator().manual_seed(5))
     model = prepared(folder, seed, train, count)
     write_random(model.config.num_hidden_layers, folder / "random.safetensors", seed)
     before = loss(model, batch)
-    found: dict[str, Any] = {"before": before, "parameters": model.num_parameters(), "rise": {}, "recovered": {}}
+    found = {"before": before, "parameters": float(model.num_parameters())}
     for name, (settings, statistics, _) in VARIANTS.items():
-        for into in (4, 2):
+        for into in INTO:
             out = merge(folder, name, into, settings, statistics)
-            rise = loss(AutoModelForCausalLM.from_pretrained(out), batch) - before
-            found["rise"][f"{name} {into}"] = rise
-            print(f"seed {seed}: {name}, 8 -> {into}: loss {before:.3f} {rise:+.3f}", flush=True)
-    for name in ("M-SMoE", "random groups") if recovery else ():
-        out = merge(folder, name, 4, VARIANTS[name][0], VARIANTS[name][1])
-        found["recovered"][name] = recovered(out, train, batch, seed) - before
-        print(f"seed {seed}: {name}, 8 -> 4, {RECOVERY} steps later: {found['recovered'][name]:+.3f}", flush=True)
+            found[f"{name} {into}"] = loss(AutoModelForCausalLM.from_pretrained(out), batch) - before
+    for name in RECOVERED:
+        settings, statistics, _ = VARIANTS[name]
+        out = merge(folder, name, max(INTO), settings, statistics)
+        found[f"{name} recovered"] = recovered(out, train, batch, seed) - before
     return found
 
 
-def page(results: dict[int, dict[str, Any]]) -> str:
-    """The figures as Markdown."""
-    seeds = list(results)
-    lines = [
-        "# Merging the experts of a tiny Mixtral",
-        "",
-        "Written by `python scripts/expert_merges.py --recovery --write docs/experts.md`. A Mixtral of two layers with",
-        f"eight experts, {results[seeds[0]]['parameters']:,} parameters, trained on the standard library's source,",
-        "character by character; the rise of its loss, in nats a character, once its experts are merged with",
-        "`merge_experts`, without any further training. *Expected* are figures of the specification that the method",
-        "follows, measured with another implementation on networks of its own. Figures are those of seed "
-        + " and ".join(map(str, seeds))
-        + ",",
-        "whose networks have losses of " + " and ".join(f"{results[s]['before']:.3f}" for s in seeds) + ".",
-        "",
-        "| | 8 to 4 | expected | 8 to 2 | expected |",
-        "| - | - | - | - | - |",
-    ]
-    for name, (_, _, expected) in VARIANTS.items():
-        cells = [name]
-        for into in (4, 2):
-            cells.append(" / ".join(f"{results[s]['rise'][f'{name} {into}']:.2f}" for s in seeds))
-            cells.append(" / ".join(f"{one:.2f}" for one in expected[into]) if into in expected else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        "Random groups are those of statistics that say nothing of the network, with uniform weights; whether their",
-        "units are matched the specification does not say. *Keep dominants* is `mode: prune`, with the router's rows",
-        "of the experts that are kept, or, under `alias`, with every row.",
-    ]
-    if any(results[s]["recovered"] for s in seeds):
-        lines += ["", f"After {RECOVERY} steps of training in which the experts of a group stay one, at 4 experts:", ""]
-        lines += [
-            f"- {name}: " + " / ".join(f"{results[s]['recovered'][name]:+.3f}" for s in seeds)
-            for name in results[seeds[0]]["recovered"]
-        ]
-    return "\n".join(lines) + "\n"
+def halves() -> tuple[Tensor, Tensor]:
+    """The text that is learnt, and the last tenth, on which losses are measured."""
+    tokens = text()
+    cut = len(tokens) * 9 // 10
+    return tokens[:cut], tokens[cut:]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--out", type=Path, default=Path("demo/experts"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(STEPS))
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--steps", type=int, help="steps of training, in place of the seed's own number")
-    parser.add_argument("--prepare", action="store_true", help="make the networks and their statistics, no merges")
-    parser.add_argument("--recovery", action="store_true", help="train the merged networks a little")
-    parser.add_argument("--write", type=Path, help="Markdown file for the figures")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    tokens = text()
-    train, held = tokens[: len(tokens) * 9 // 10], tokens[len(tokens) * 9 // 10 :]
-    counts = {s: STEPS[s] if options.steps is None else options.steps for s in options.seeds}
-    if options.prepare:
-        for seed, count in counts.items():
-            prepared(options.out / f"seed{seed}", seed, train, count)
-        return
-    results = {}
-    for seed, count in counts.items():
-        results[seed] = measure(options.out / f"seed{seed}", seed, train, held, count, options.recovery)
-    (options.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    print(page(results))
-    if options.write:
-        options.write.write_text(page(results), encoding="utf-8")
+    train, _ = halves()
+    for seed in options.seeds:
+        prepared(options.out / f"seed{seed}", seed, train, STEPS[seed] if options.steps is None else options.steps)
 
 
 if __name__ == "__main__":

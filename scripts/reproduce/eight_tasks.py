@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import eight_vit
 import torch
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
@@ -26,10 +27,12 @@ HEAD = ("head.weight", "head.bias")
 
 @dataclass(frozen=True)
 class Setting:
-    """How everything is trained. `train` and `validation` are numbers of images, the test split is the rest. Pixels lie
-    between 0 and `white`; `noise` is the deviation of what is added to them. If `standardized`, they then get mean 0
-    and deviation 1 over a task's training images. A base of 0 epochs keeps its initial weights."""
+    """How everything is trained. `kind` of the encoder: mlp, three layers, or vit, three blocks. `train` and
+    `validation` are numbers of images, the test split is the rest. Pixels lie between 0 and `white`; `noise` is the
+    deviation of what is added to them. If `standardized`, they then get mean 0 and deviation 1 over a task's training
+    images. A base of 0 epochs keeps its initial weights."""
 
+    kind: str = "mlp"
     width: int = 512
     train: int = 1000
     validation: int = 250
@@ -106,7 +109,8 @@ def activations(encoder: Weights, pixels: Tensor) -> list[Tensor]:
 
 def scores(encoder: Weights, head: Weights, pixels: Tensor) -> Tensor:
     """Scores (n, classes) of images (n, 64)."""
-    return linear(activations(encoder, pixels)[-1], head["head.weight"], head["head.bias"])
+    found = eight_vit.features(encoder, pixels) if eight_vit.FIRST in encoder else activations(encoder, pixels)[-1]
+    return linear(found, head["head.weight"], head["head.bias"])
 
 
 def accuracy(encoder: Weights, data: Data, split: str) -> float:
@@ -154,10 +158,13 @@ def _train(
 ) -> dict[str, Weights]:
     """`base`, the encoder alone, and for every task its fine-tuned encoder with its head."""
     torch.manual_seed(seed)
-    layers = [torch.nn.Linear(setting.width if index else 64, setting.width) for index in range(LAYERS)]
-    encoder = {
-        f"encoder.layers.{i}.{n}": p.detach() for i, layer in enumerate(layers) for n, p in layer.named_parameters()
-    }
+    if setting.kind == "vit":
+        encoder = eight_vit.initial(setting.width, LAYERS)
+    else:
+        layers = [torch.nn.Linear(setting.width if index else 64, setting.width) for index in range(LAYERS)]
+        encoder = {
+            f"encoder.layers.{i}.{n}": p.detach() for i, layer in enumerate(layers) for n, p in layer.named_parameters()
+        }
 
     def fit(weights: Weights, learned: Collection[str], task: str, batch: int, epochs: int, rate: float) -> Weights:
         """`weights` with the `learned` ones trained by Adam over shuffled batches."""

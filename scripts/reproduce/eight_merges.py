@@ -8,6 +8,7 @@ of equal ones the first. `lambda` is searched on the straight line on which thes
 
 from __future__ import annotations
 
+import functools
 import itertools
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,15 +17,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import eight_vit
 import torch
 import yaml
 from eight_tasks import LAYERS, Experiment, Weights, accuracy, fisher, grams
-from safetensors.torch import load_file, save_file
 
-from mergekit_lite import load_recipe, merge_in_memory, plan, run
-from mergekit_lite.checkpoint.find import open_checkpoint
+from mergekit_lite import load_recipe, merge_in_memory
 from mergekit_lite.methods.registry import all_methods
-from mergekit_lite.report.store import look_at_store
 
 Settings = dict[str, Any]
 # 0.1, 0.2, ... 1.0 is the usual grid; methods that average, or flatten a spectrum, need more than 1.
@@ -169,6 +168,8 @@ class Bench:
         self.tasks = list(experiment.tuned)
         self.models: dict[str, Weights] = {"base": experiment.base, **experiment.tuned}
         for task, encoder in experiment.tuned.items():
+            if eight_vit.FIRST in encoder:
+                continue  # no statistics of a transformer: its rows are those of masks
             images = self.data[task].images["train"][:EXAMPLES]
             self.models[f"{task}.fisher"] = fisher(encoder, self.data[task].head, images)
             self.models[f"{task}.regmean"] = grams(encoder, images)
@@ -195,7 +196,7 @@ class Bench:
             return Score(self.normalized(models, "test"), each, self.normalized(models, "validation"))
         fixed = row.fixed
         if row.method == "consensus":
-            fixed = {**fixed, "threshold": self.thresholds()}
+            fixed = {**fixed, "threshold": self.thresholds}
         found = [(self.normalized_one(w, "validation"), s) for s, w in self.candidates(row, fixed)]
         validation, settings = max(found, key=lambda pair: pair[0])
         merged = self.merge(row.method, {**fixed, **settings})
@@ -219,6 +220,7 @@ class Bench:
             merged = self._run(recipe_text("regmean", settings, self.tasks), models)
         return merged
 
+    @functools.cached_property
     def thresholds(self) -> dict[str, float]:
         """The threshold of every task that its TALL-masks model is best with on the validation split."""
         return {task: self._choose_for(task, MODELS_PER_TASK[0])["threshold"] for task in self.tasks}
@@ -226,7 +228,7 @@ class Bench:
     def census(self) -> dict[str, float]:
         """Percent of the weights in a task's mask (the mean over tasks), in no mask, and in exactly one."""
         base = self.models["base"]
-        settings = [{"threshold": threshold, "output": "mask"} for threshold in self.thresholds().values()]
+        settings = [{"threshold": threshold, "output": "mask"} for threshold in self.thresholds.values()]
         masks = [self.merge("tall_masks", s, task) for task, s in zip(self.tasks, settings, strict=True)]
         # A mask comes as a change of the base.
         flat = torch.stack([torch.cat([(m[n] - base[n]).round().flatten() for n in base]) for m in masks]).sum(0)
@@ -235,48 +237,6 @@ class Bench:
             "in none": 100 * float((flat == 0).double().mean()),
             "in one": 100 * float((flat == 1).double().mean()),
         }
-
-    def store(self) -> dict[str, float]:
-        """A mask store of all tasks on disk: its bytes in percent of as many checkpoints, those that it would take if
-        each task's masks were coded by their entropy, those that it takes with `compress`, and the normalised accuracy
-        of the models that are read back from the latter. Raises ValueError where the plain store gives other models."""
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder)
-            for name in ("base", *self.tasks):
-                (place / name).mkdir()
-                save_file(self.models[name], place / name / "model.safetensors")
-            models = {name: str(place / name) for name in ("base", *self.tasks)}
-            steps: dict[str, Any] = {f"of_{t}": {"use": "delta", "of": t, "base": "base"} for t in self.tasks}
-            steps["multi"] = {"use": "linear", "of": list(steps), "with": {"normalize": False}}
-            saved: Settings = {"step": "multi", "as": "masks", "base": "base", "tasks": self.tasks}
-            saved["threshold"] = self.thresholds()
-            self._save(place, models, steps, {**saved, "to": str(place / "store")})
-            self._save(place, models, steps, {**saved, "compress": "zstd", "to": str(place / "compressed")})
-            seen = look_at_store(open_checkpoint(str(place / "store"), None), masks=True)
-            small = look_at_store(open_checkpoint(str(place / "compressed"), None))
-            assert seen is not None and seen.coded is not None and small is not None
-            found = {}
-            for task in self.tasks:
-                for store in ("store", "compressed"):
-                    out = place / "again" / store / task
-                    self._save(place, {"m": f"{place / store}#{task}"}, {}, {"step": "m", "to": str(out)})
-                plain, found[task] = (
-                    load_file(place / "again" / store / task / "model.safetensors") for store in ("store", "compressed")
-                )
-                if any(not torch.equal(plain[name], value) for name, value in found[task].items()):
-                    raise ValueError(f"the two stores give other models for `{task}`")
-            return {
-                "stored": 100 * seen.nbytes / seen.apart,
-                "coded": 100 * seen.coded / seen.apart,
-                "compressed": 100 * small.nbytes / small.apart,
-                "from the store": self.normalized(found, "test"),
-            }
-
-    def _save(self, place: Path, models: Mapping[str, str], steps: Mapping[str, Any], save: Settings) -> None:
-        path = place / "recipe.yaml"
-        data = {"version": 1, "models": dict(models), "steps": dict(steps), "save": dict(save)}
-        path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
-        run(plan(load_recipe(path), threads=1), threads=1)
 
     def _choose_for(self, task: str, row: Row) -> Settings:
         def found(settings: Settings) -> float:
