@@ -12,6 +12,8 @@ import r_invariance
 import r_masks
 import r_masks_vit
 import r_oracles
+import r_robust
+import r_soups
 import r_tucker
 from claims import Experiment, Measurement
 from measured import cached
@@ -40,6 +42,8 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     r_masks.EXPERIMENT,
     r_masks_vit.EXPERIMENT,
     r_experts.EXPERIMENT,
+    r_robust.EXPERIMENT,
+    r_soups.EXPERIMENT,
     r_tucker.EXPERIMENT,
     r_oracles.EXPERIMENT,
     r_invariance.EXPERIMENT,

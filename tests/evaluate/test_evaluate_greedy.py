@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mergekit_lite
 from mergekit_lite.evaluate.greedy import Tried, greedy_soup
 
 # Few different scores, so that ties are common.
@@ -51,3 +56,42 @@ def test_the_soup_is_the_papers_and_never_below_the_best_single_model(
     assert (kept[-1].score >= max(singles)) if larger else (kept[-1].score <= min(singles))
     assert len(asked) == len(set(asked)) == 2 * count - 1
     assert all(table.get(frozenset(tried.members), 1.5) == tried.score for tried in tries)
+
+
+CASES = json.loads((Path(__file__).parents[1] / "oracles.json").read_text(encoding="utf-8"))["cases"]
+ORACLES = {case["id"]: case for case in CASES if case["method"] == "greedy_soup"}
+
+
+@pytest.mark.parametrize("name", sorted(ORACLES))
+def test_the_soup_is_the_oracles(name: str, tmp_path: Path) -> None:
+    """The table of scores stands for the evaluator: a merge is known by which of the models it is the mean of."""
+    case = ORACLES[name]
+    expected, table = case["expected"], case["inputs"]["evaluator_table"]
+    models = {m: {"w": torch.tensor(t["data"], dtype=torch.float64)} for m, t in case["inputs"]["ingredients"].items()}
+    scores = {**case["inputs"]["individual_scores"], **table}
+    means = {key: torch.stack([models[m]["w"] for m in key.split("+")]).mean(0) for key in scores}
+    tried: list[str] = []
+
+    def score(tensors: dict[str, torch.Tensor]) -> float:
+        tried.append(next(key for key, mean in means.items() if torch.allclose(mean, tensors["w"], atol=1e-12)))
+        return float(scores[tried[-1]])
+
+    path = tmp_path / "soup.yaml"
+    accept = {">=": "ge", ">": "gt"}[case["params"]["accept"]]
+    places = ", ".join(f"{m}: ./{m}" for m in models)
+    path.write_text(
+        f"version: 1\ncompute: float64\nmodels: {{{places}}}\n"
+        f"steps: {{soup: {{use: linear, of: {{greedy: [{', '.join(models)}], accept: {accept}}}}}}}\n",
+        encoding="utf-8",
+    )
+    found = mergekit_lite.search(path, score=score, models=models, threads=1)
+    (best,) = found.best
+    assert best.values["steps.soup.of"] == expected["soup"]
+    assert best.scores["score"] == expected["score"]
+    grown = found.trials[len(models) + 1 :]
+    log = [(set(entry["try"].split("+")), entry["score"], entry["accept"]) for entry in expected["log"]]
+    assert [(set(t.values["steps.soup.of"]), t.scores["score"], t.why == "kept") for t in grown] == log
+    assert tried[: len(models)] == list(models)
+    soup = mergekit_lite.merge_in_memory(found.recipes[0], models)["w"]
+    wanted = torch.tensor(expected["theta"]["data"], dtype=torch.float64)
+    assert torch.allclose(soup, wanted, rtol=0, atol=case["atol"])

@@ -217,3 +217,48 @@ def test_faults_of_a_save_are_told(change: tuple[str, str], says: str, models: P
         made(text().replace(*change))
     assert any(says in problem.message for problem in caught.value.problems), caught.value
     assert not list(models.glob("store*"))
+
+
+ORACLES = {c["id"]: c for c in json.loads((Path(__file__).parents[1] / "oracles.json").read_text())["cases"]}
+
+
+def store_of(place: Path, deltas: Mapping[str, torch.Tensor], threshold: float, name: str) -> str:
+    """A store of tasks that change a base of zeros by these deltas."""
+    models = {"base": torch.zeros_like(next(iter(deltas.values()))), **deltas}
+    for model, tensor in models.items():
+        folder = place / name / model
+        folder.mkdir(parents=True)
+        save_file({"w": tensor}, folder / "model.safetensors")
+        (folder / "config.json").write_text("{}", encoding="utf-8")
+    places = ", ".join(f"{model}: {place / name / model}" for model in models)
+    of = ", ".join(deltas)
+    made(
+        f"version: 1\nmodels: {{{places}}}\n"
+        f"steps: {{multi: {{use: task_arithmetic, base: base, of: [{of}], with: {{lambda: 1}}}}}}\n"
+        f"save: {{as: masks, step: multi, base: base, tasks: [{of}], threshold: {threshold}, "
+        f"to: {place / name}/store}}\n"
+    )
+    return f"{place / name}/store"
+
+
+def test_the_census_is_the_oracles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    case = ORACLES["consensus/census"]
+    masks = [torch.tensor(mask["data"]) for mask in case["inputs"]["masks"]]
+    # Without a threshold a task uses what it has changed.
+    store = store_of(tmp_path, {f"t{i}": mask.float() for i, mask in enumerate(masks)}, 0.0, "census")
+    seen = look_at_store(open_location(store), masks=True)
+    assert seen is not None and seen.census is not None
+    counts = [share * masks[0].numel() for share in seen.census]
+    assert counts == pytest.approx([case["expected"][name] for name in ("catastrophic", "selfish", "shared")])
+
+
+def test_a_store_takes_the_bits_of_the_oracle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    case = ORACLES["tall_masks/storage_bits"]
+    generator = torch.Generator().manual_seed(1)
+    count, tasks = case["params"]["num_params"], case["params"]["num_tasks"]
+    deltas = {f"t{i}": torch.randn(count, generator=generator) for i in range(tasks)}
+    seen = look_at_store(open_location(store_of(tmp_path, deltas, 0.4, "bits")))
+    assert seen is not None
+    assert (8 * seen.nbytes, 8 * seen.apart) == (case["expected"]["shared_plus_masks"], case["expected"]["separate"])
