@@ -105,7 +105,8 @@ EXPERIMENT = Experiment(
                     ("read back from the store", "from the store", ""),
                     ("weights in a task's mask, percent", "in a mask", "29"),
                     ("the store's bytes, percent of eight checkpoints", "stored", "28"),
-                    ("the same if masks were coded by their entropy", "coded", ""),
+                    ("the same if each task's masks were coded by their entropy", "coded", ""),
+                    ("the same with `compress: zstd`", "compressed", ""),
                 )
             ),
             (

@@ -82,7 +82,7 @@ def kitchen(seed: int, setting: Setting) -> Kitchen:
     a, b = setting.base_images, setting.base_images + setting.images
     c = b + setting.validation
     base = fit((images[:a], labels[:a]), setting.base_epochs, setting.base_rate, 0.0)
-    tuned = {}
+    tuned: dict[str, Weights] = {}
     for rate, epochs, smoothing in itertools.product(setting.rates, setting.epochs, setting.smoothings):
         net.load_state_dict(base)
         tuned[f"m{len(tuned)}"] = fit((noisy[a:b], labels[a:b]), epochs, rate, smoothing)
