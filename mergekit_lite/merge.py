@@ -251,6 +251,7 @@ def search(
     jobs: int = 1,
     sampler: str | None = None,
     threads: int | None = None,
+    device: str = "cpu",
     offline: bool = False,
     allow_pickle: bool = False,
     told: Callable[[Trial], None] = lambda trial: None,
@@ -261,7 +262,7 @@ def search(
     With functions nothing is written: each trial overwrites the tensors of the one before. `models` are state dicts by
     the names that the recipe gives them, None: the recipe's own checkpoints; `config` is as in `merge_in_memory`. The
     folder `out` keeps the study, and the same call goes on with it until it has so many `trials`; commands need one.
-    `jobs` commands are at work at a time; `told` hears of every trial that ended, from any thread.
+    `jobs` commands are at work at a time, merges run on `device`; `told` hears of every trial that ended, from any thread.
 
     Raises RecipeError where no score is stated, UsageError where the folder holds another study or Optuna is not
     installed, InputError where a model cannot be read, StoppedError where every trial fails, InterruptedRun on Ctrl-C.
@@ -278,7 +279,11 @@ def search(
     folder = Path(out) if out is not None else None
     make = planner(offline=offline, allow_pickle=allow_pickle, threads=threads, models=models, config=config)
     make(template.first, Path("trial"))  # so that its faults come before the first trial
-    options = Options(threads or default_threads())
+    if device != "cpu":
+        from mergekit_lite.run.device import find_device
+
+        find_device(device)
+    options = Options(threads or default_threads(), device=device)
     if functions is not None:
         return go(template, MemoryJudge(make, options, models, functions), folder, trials, 1, sampler, told)
     if folder is None:
