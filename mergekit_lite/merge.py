@@ -262,7 +262,8 @@ def search(
     With functions nothing is written: each trial overwrites the tensors of the one before. `models` are state dicts by
     the names that the recipe gives them, None: the recipe's own checkpoints; `config` is as in `merge_in_memory`. The
     folder `out` keeps the study, and the same call goes on with it until it has so many `trials`; commands need one.
-    `jobs` commands are at work at a time, merges run on `device`; `told` hears of every trial that ended, from any thread.
+    `jobs` commands are at work at a time, merges run on `device`; `told` hears of every trial that ended, from any
+    thread.
 
     Raises RecipeError where no score is stated, UsageError where the folder holds another study or Optuna is not
     installed, InputError where a model cannot be read, StoppedError where every trial fails, InterruptedRun on Ctrl-C.
