@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite.methods.registry import all_methods, expand
-from mergekit_lite.methods.spec import Call, Method, Slot
+from mergekit_lite.methods.spec import REQUIRED, Call, Method, Slot
 
 # Settings that are required, or that say more about cost than the default does. All others are the defaults.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "bang": {"head": {"lm_head.*": "linear", "else": "none"}, "temperature": 2.0},
     "breadcrumbs": {"density": 0.9},
     "breadcrumbs_ties": {"density": 0.9},
     "consensus": {"lambda": 0.5},
@@ -139,7 +140,7 @@ def case(label: str, layers: int, tunes: int = 3) -> Case:
     if method.param("like") is not None:
         step["like"] = "base"
         inputs = ["base", *names]
-    references = [p.name for p in method.params if p.kind == "reference" and p.per_input]
+    references = [p.name for p in method.params if p.kind == "reference" and p.per_input and p.default is REQUIRED]
     step["of"] = {n: {r: r + n[4:] for r in references} for n in names} if references else names
     inputs += [r + n[4:] for r in references for n in names]
     if settings:
