@@ -42,7 +42,8 @@ sys.path.append(str(ROOT / "scripts"))
 import digits  # noqa: E402
 
 DOCUMENTS = (
-    *("README.md", "docs/design.md", "docs/recipes.md", "docs/statistics.md", "docs/search.md", "docs/methods.md"),
+    *("README.md", "docs/design.md", "docs/recipes.md", "docs/statistics.md", "docs/search.md"),
+    *("docs/path.md", "docs/methods.md"),
     *(
         "docs/compat.md",
         "docs/families.md",
@@ -198,7 +199,7 @@ def test_what_the_quickstart_says_of_itself_holds(place: Path):
 # Documents
 
 
-@pytest.mark.parametrize("document", DOCUMENTS[:5])
+@pytest.mark.parametrize("document", DOCUMENTS[:6])
 def test_blocks_run(document: str, place: Path, demo: Demo):
     """Every fault of a document comes with the line of its block, all at once."""
     faults: list[str] = []

@@ -41,7 +41,7 @@ class Readings(Book):
         """Those of a merge, by its digest; None where there are none."""
         if merged not in self._samples:
             try:
-                with np.load(self._file(merged), allow_pickle=False) as found:
+                with self._file(merged).open("rb") as file, np.load(file, allow_pickle=False) as found:
                     arrays: dict[str, Any] = dict(found)
                 self._samples[merged] = Samples(arrays.pop("right"), **arrays)
             except Exception:  # there is none, or a crash has left a part of it: it is measured again
