@@ -60,6 +60,7 @@ def draw(
             panel.barh(range(len(rows)), [value or 0.0 for _, value in rows])
             panel.set_yticks(range(len(rows)), names)
             panel.invert_yaxis()
+            panel.set_xlim(left=0)
             panel.set_xlabel(title)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
