@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergekit_lite.cli import bar, options, show
-from mergekit_lite.errors import UsageError
+from mergekit_lite.errors import MergeError, UsageError
 
 if TYPE_CHECKING:
     from mergekit_lite.calibrate.layer_sharpness import Examples
@@ -154,9 +155,11 @@ def path(
         plan = merge.planner(offline=offline, threads=threads)
         first, second = _located(a), _located(b)
         if align is not None:
-            second = _aligned(first, second, _words(align), family, folder, plan, offline, threads)
+            with _unmarked():
+                second = _aligned(first, second, _words(align), family, folder, plan, offline, threads)
         with opened_line(first, second, scoring, where, plan, working, folder, out is not None) as line:
-            plan(line.recipe(0.5), folder / "path")  # so that its faults come before the first score
+            with _unmarked():
+                plan(line.recipe(0.5), folder / "path")  # so that its faults come before the first score
             moved = _screened(first, second, offline, working.threads, given) if layers else {}
             sharp = _sharpness(line, moved, given, rho, plan, working, folder) if given else {}
             with bar.counting("score", points * (1 + len(moved))) as advance:
@@ -193,6 +196,15 @@ def _check(given: dict[str, object], to: str, there: bool) -> None:
     lone = next((name for name, value in given.items() if value is not None), None)
     if lone is not None and not there:
         raise UsageError(f"`{lone}` belongs to `{to}`", hint=f"give `{to}` too, or leave it out")
+
+
+@contextlib.contextmanager
+def _unmarked() -> Iterator[None]:
+    """Errors without their places: nobody wrote the recipe that they are in."""
+    try:
+        yield
+    except MergeError as fault:
+        raise type(fault)([replace(problem, mark=None) for problem in fault.problems]) from fault
 
 
 def _words(align: str) -> list[str]:
