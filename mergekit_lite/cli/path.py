@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -15,12 +15,7 @@ from mergekit_lite.cli import bar, options, show
 from mergekit_lite.errors import MergeError, UsageError
 
 if TYPE_CHECKING:
-    from mergekit_lite.calibrate.layer_sharpness import Examples
     from mergekit_lite.evaluate.judge import Planner
-    from mergekit_lite.evaluate.path import Line
-    from mergekit_lite.evaluate.stragglers import Layer
-    from mergekit_lite.report.screen import Moved
-    from mergekit_lite.run.progress import Options
 
 POINTS = 11
 MOST = 1001
@@ -134,7 +129,7 @@ def path(
     """
     from mergekit_lite import merge
     from mergekit_lite.calibrate.layer_sharpness import Examples
-    from mergekit_lite.cli import path_show
+    from mergekit_lite.cli import path_layers, path_show
     from mergekit_lite.evaluate.path import height, opened_line
     from mergekit_lite.evaluate.samples import Where
     from mergekit_lite.evaluate.stragglers import COUNT, stragglers
@@ -160,12 +155,12 @@ def path(
         with opened_line(first, second, scoring, where, plan, working, folder, out is not None) as line:
             with _unmarked():
                 plan(line.recipe(0.5), folder / "path")  # so that its faults come before the first score
-            moved = _screened(first, second, offline, working.threads, given) if layers else {}
-            sharp = _sharpness(line, moved, given, rho, plan, working, folder) if given else {}
+            moved = path_layers.screened(first, second, offline, working.threads, given) if layers else {}
+            sharp = path_layers.sharpness_of(line, moved, given, rho, plan, working, folder) if given else {}
             with bar.counting("score", points * (1 + len(moved))) as advance:
                 found = line.points(ts, advance)
                 rows = [
-                    _layer(line, number, name, one, moved, sharp, ts, advance)
+                    path_layers.layer_of(line, number, name, one, moved, sharp, ts, advance)
                     for number, (name, one) in enumerate(moved.items())
                 ]
             study = path_show.Study(
@@ -258,66 +253,3 @@ def _aligned(
     if not out.exists():
         merge.run(merge.plan(loaded, out=out, offline=offline, threads=threads), threads=threads)
     return str(out)
-
-
-def _screened(a: str, b: str, offline: bool, threads: int, examples: Examples) -> dict[str, Moved]:
-    """The layers that both models have; also finds, before a score is run, whether `examples` can be used."""
-    from mergekit_lite.report.look import open_location
-    from mergekit_lite.report.screen import screen
-
-    first, second = (open_location(location, offline) for location in (a, b))
-    if examples:
-        examples.check(first, a)
-    with bar.reading("compare", sum(meta.nbytes for meta in first.tensors.values())) as advance:
-        return screen(first, second, threads=threads, advance=advance)
-
-
-def _sharpness(
-    line: Line,
-    layers: dict[str, Moved],
-    examples: Examples,
-    rho: float | None,
-    plan: Planner,
-    working: Options,
-    folder: Path,
-) -> dict[str, float]:
-    """The sharpness of each layer of the merge half way."""
-    import tempfile
-
-    from mergekit_lite.calibrate.layer_sharpness import layer_sharpness
-    from mergekit_lite.calibrate.sharpness import RHO
-    from mergekit_lite.evaluate.judge import make_folder
-    from mergekit_lite.report.look import open_location
-    from mergekit_lite.run.trial import TrialFolder
-
-    show.note(f"sharpness of {show.count(len(layers), 'layer')}")
-    make_folder(folder)
-    with tempfile.TemporaryDirectory(prefix="half-way-", dir=folder) as place:
-        trial = TrialFolder(Path(place) / "model")
-        trial.write(plan(line.recipe(0.5), trial.path), working)
-        return layer_sharpness(
-            open_location(str(trial.path), offline=True),
-            {name: moved.tensors for name, moved in layers.items()},
-            examples,
-            rho=RHO if rho is None else rho,
-            threads=working.threads,
-        )
-
-
-def _layer(
-    line: Line,
-    number: int,
-    name: str,
-    one: Moved,
-    everyone: dict[str, Moved],
-    sharp: dict[str, float],
-    ts: Sequence[float],
-    advance: Callable[[int], object],
-) -> Layer:
-    from mergekit_lite.evaluate.stragglers import Layer
-    from mergekit_lite.family.home import globs_of
-
-    names = [tensor for moved in everyone.values() for tensor in moved.tensors]
-    globs = globs_of(name, one.tensors, names)
-    found = line.layer(name, globs, number, ts, advance)
-    return Layer(name, tuple(globs), one.matrices, found.scores, found.barrier, one.ratio, sharp.get(name))
