@@ -43,8 +43,9 @@ import digits  # noqa: E402
 
 DOCUMENTS = (
     *("README.md", "docs/design.md", "docs/recipes.md", "docs/statistics.md", "docs/search.md"),
-    *("docs/methods.md", "docs/compat.md", "docs/families.md", "docs/alignment.md", "docs/strangers.md"),
-    *("docs/reliability.md", "docs/ci.md", "docs/eight_tasks.md", "docs/experts.md", "docs/reproduction.md"),
+    *("docs/path.md", "docs/methods.md", "docs/compat.md", "docs/families.md", "docs/alignment.md"),
+    *("docs/strangers.md", "docs/reliability.md", "docs/ci.md", "docs/eight_tasks.md", "docs/experts.md"),
+    "docs/reproduction.md",
 )
 RECIPES = sorted(
     str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "families"
@@ -191,7 +192,7 @@ def test_what_the_quickstart_says_of_itself_holds(place: Path):
 # Documents
 
 
-@pytest.mark.parametrize("document", DOCUMENTS[:5])
+@pytest.mark.parametrize("document", DOCUMENTS[:6])
 def test_blocks_run(document: str, place: Path, demo: Demo):
     """Every fault of a document comes with the line of its block, all at once."""
     faults: list[str] = []

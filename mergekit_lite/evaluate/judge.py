@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 LOGS, SCORES, WORK = "logs", "scores.jsonl", "work"
 Planner = Callable[[Recipe, Path], Plan]
 OfStore = Callable[[str, Path], Plan]  # of the model `STORE#TASK`, for a folder
+Check = Callable[[], None]
+Measure = Callable[[Scoring, Path, Path, Check, str], float]
+
+
+def by_number(scoring: Scoring, model: Path, log: Path, check: Check, merged: str) -> float:
+    """The number that a score's command gives for the folder `model`. `merged` is the digest of what lies there."""
+    return Score(scoring.command, scoring.metric, scoring.timeout).of(model, log, check)
 
 
 class Judging(Protocol):
@@ -56,7 +63,7 @@ class Candidate:
     """One merge to be scored, merged when the first score asks for it."""
 
     def __init__(self, merged: str, make: Callable[[], Any], one: Callable[[Scoring, Any], float], book: Memo):
-        self._merged = merged
+        self.merged = merged  # its digest
         self._make = make
         self._one = one
         self._book = book
@@ -66,13 +73,13 @@ class Candidate:
     def score(self, scoring: Scoring) -> float:
         """Raises StoppedError where the score cannot be had."""
         key = hashlib.sha256(repr(written(scoring)).encode()).hexdigest()[:16]
-        known = self._book.get(self._merged, key)
+        known = self._book.get(self.merged, key)
         if known is not None:
             return known
         if self._made is None:
             self._made = self._timed("merge", self._make)
         value: float = self._timed("score", lambda: self._one(scoring, self._made))
-        self._book.put(self._merged, key, value)
+        self._book.put(self.merged, key, value)
         return value
 
     def _timed(self, what: str, work: Callable[[], Any]) -> Any:
@@ -84,10 +91,18 @@ class Candidate:
 
 class Judge:
     """Scores by commands. `work` is a folder for trials, one for each of `jobs` at a time; merges wait for each other,
-    as one takes all threads, and scores do not. `logs` keeps what commands say."""
+    as one takes all threads, and scores do not. `logs` keeps what commands say. `measure` runs them."""
 
     def __init__(
-        self, plan: Planner, of_store: OfStore, options: Options, work: Path, logs: Path, book: Memo, jobs: int
+        self,
+        plan: Planner,
+        of_store: OfStore,
+        options: Options,
+        work: Path,
+        logs: Path,
+        book: Memo,
+        jobs: int,
+        measure: Measure = by_number,
     ):
         self._plan = plan
         self._of_store = of_store
@@ -95,6 +110,7 @@ class Judge:
         self._options = replace(options, check=self._check)
         self._logs = logs
         self._book = book
+        self._measure = measure
         self._merging = threading.Lock()
         self._free = [TrialFolder(work / f"job-{number}" / "model") for number in range(jobs)]
         self._tasks: dict[Path, TrialFolder] = {}
@@ -118,7 +134,7 @@ class Judge:
 
             def one(scoring: Scoring, path: Path) -> float:
                 log = self._logs / f"{label}-{_file_name(scoring.name)}"
-                return Score(scoring.command, scoring.metric, scoring.timeout).of(path, log, self._check)
+                return self._measure(scoring, path, log, self._check, merged)
 
             yield Candidate(merged, make, one, self._book)
         finally:

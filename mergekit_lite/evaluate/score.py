@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from mergekit_lite.errors import StoppedError, UsageError
 
@@ -24,6 +24,8 @@ TASK = "{task}"  # of a mask store
 LAST_LINES = 5  # of what a failed command said
 LOOK = 0.05  # seconds between two looks at a command that is at work
 MOST = 1 << 24  # bytes that are read of what a command printed or wrote
+Taken = TypeVar("Taken")
+Take = Callable[[Any, Path | None], Taken]
 
 
 class ScoreFailed(StoppedError):
@@ -50,6 +52,13 @@ class Score:
         """The score of a checkpoint. All that the command says is kept in the files `log`.out and `log`.err. `check` is
         called now and then, and stops the command by what it raises. Raises ScoreFailed, with the
         end of what the command said, where it fails, takes too long or gives no such number."""
+        return self.read(folder, lambda said, files: None, log, check)[0]
+
+    def read(
+        self, folder: Path, take: Take[Taken], log: Path | None = None, check: Callable[[], None] = lambda: None
+    ) -> tuple[float, Taken]:
+        """As `of`, and what `take` makes of the JSON that the number stands in and of the folder `{out}`, None where
+        the command has none; the folder is gone afterwards."""
         with contextlib.ExitStack() as stack:
             files = None
             if any(FILES in part for part in self._parts()):
@@ -69,7 +78,9 @@ class Score:
                 )
                 message = f"the score command failed with exit code {code}: {' | '.join(lines) or 'it says nothing'}"
                 raise ScoreFailed(message, hint=hint)
-            return self._number(output, "printed") if files is None else self._number(_newest(files), "wrote")
+            text, how = (output, "printed") if files is None else (_newest(files), "wrote")
+            found = _parsed(text)
+            return self._number(found, text, how), take(found, files)
 
     def _run(self, command: list[str], printed: IO[bytes], said: IO[bytes], check: Callable[[], None]) -> int:
         """The exit code of a command. What it starts ends with it: after a time-out, and on Ctrl-C."""
@@ -98,16 +109,9 @@ class Score:
         except ValueError as error:
             raise UsageError(f"the score command `{self.command}` cannot be read: {error}") from None
 
-    def _number(self, printed: str, how: str) -> float:
-        """The number in what the command printed or wrote: the last line that is JSON, or all of it."""
-        found: Any = None
-        for text in [printed, *reversed(printed.strip().splitlines())]:
-            try:
-                found = json.loads(text)
-                break
-            except ValueError:
-                continue
-        value = _at(found, self.metric.split(".") if self.metric else [])
+    def _number(self, found: Any, printed: str, how: str) -> float:
+        """The number in the JSON that the command printed or wrote."""
+        value = entry_at(found, self.metric)
         if value is None and self.metric and isinstance(found, Mapping):
             value = _in_results(found.get("results"), self.metric)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -121,8 +125,17 @@ class Score:
         return float(value)
 
 
-def _at(found: Any, parts: list[str]) -> Any:
-    for part in parts:
+def _parsed(printed: str) -> Any:
+    """What was printed, if it is JSON as a whole, else the last line that is; None where there is none."""
+    for text in [printed, *reversed(printed.strip().splitlines())]:
+        with contextlib.suppress(ValueError):
+            return json.loads(text)
+    return None
+
+
+def entry_at(found: Any, path: str | None) -> Any:
+    """The entry of JSON at keys joined by dots, `*` being the only key of an object; None where there is none."""
+    for part in path.split(".") if path else []:
         if not isinstance(found, Mapping):
             return None
         found = next(iter(found.values())) if part == "*" and len(found) == 1 else found.get(part)

@@ -15,10 +15,11 @@ import torch
 from mergekit_lite.checkpoint.meta import MERGEABLE, Checkpoint, TensorMeta
 from mergekit_lite.checkpoint.source import Source
 from mergekit_lite.errors import InputError, Problem
+from mergekit_lite.family.home import by_home
 from mergekit_lite.plan.words import few
 from mergekit_lite.plan.words import shape as sizes
 from mergekit_lite.report.stream import BLOCK, Advance, blocks, each, opened
-from mergekit_lite.report.task_vectors import TOGETHER, Overlap, by_layer, compared, overlap_of, together
+from mergekit_lite.report.task_vectors import TOGETHER, Overlap, compared, overlap_of, together
 
 _MAKE = "make each with `merge stats MERGED --collect gradient`, MERGED being one model and the data a task's"
 
@@ -117,7 +118,7 @@ def gradients(
             return _tensor(reader, [file.tensors[name] for file in files], advance, block)
 
         found = dict(zip(names, each(reader, one, names, threads), strict=True))
-    layers = {home: together([found[name] for name in own]) for home, own in by_layer(family, names).items()}
+    layers = {home: together([found[name] for name in own]) for home, own in by_home(family, names).items()}
     return Gradients(tuple(file.location for file in files), found, layers, together(list(found.values())))
 
 

@@ -6,14 +6,13 @@ score below a threshold are kept by each model, the others shared. The list is i
 
 from __future__ import annotations
 
-import glob
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mergekit_lite.checkpoint.meta import Checkpoint
-from mergekit_lite.family.family import Family, family_of
-from mergekit_lite.recipe.value import glob_matches
+from mergekit_lite.family.family import family_of
+from mergekit_lite.family.home import by_home, globs_of
 from mergekit_lite.recipe.write import dump
 
 
@@ -41,12 +40,6 @@ class Split:
         return {"threshold": self.threshold, "with": self.settings, "own": list(self.own)}
 
 
-def home_of(family: Family, name: str) -> str:
-    """What a tensor is counted with: its layer, or its module outside of the layers."""
-    layer = family.layer(name)
-    return f"{layer.prefix}{layer.index}" if layer is not None else name.rpartition(".")[0] or name
-
-
 def split(
     base: Checkpoint, models: Sequence[Checkpoint], scores: Mapping[str, float | None], threshold: float
 ) -> Split:
@@ -56,9 +49,7 @@ def split(
     family = family_of(base.config, base.tensors, base.configs)
     tied = {alias for alias, canonical in family.tied if canonical in base.tensors}
     names = [n for n in dict.fromkeys(n for c in everyone for n in c.tensors) if n not in tied]
-    homes: dict[str, list[str]] = {}
-    for name in names:
-        homes.setdefault(home_of(family, name), []).append(name)
+    homes = by_home(family, names)
 
     def is_shared(home: str) -> bool:
         score = scores.get(home)
@@ -72,9 +63,7 @@ def split(
         if layer is not None and len(family.stacks) == 1:
             numbers.append(layer.index)
             continue
-        pattern = f"{glob.escape(home)}.*"
-        alone = homes[home] == [name for name in names if glob_matches(pattern, name)]
-        tensors += [pattern] if alone else [glob.escape(name) for name in homes[home]]
+        tensors += globs_of(home, homes[home], names)
     return Split(threshold, tuple(_spans(numbers)), tuple(tensors), tuple(h for h in homes if h not in shared))
 
 

@@ -18,8 +18,8 @@ from mergekit_lite.checkpoint.meta import MERGEABLE, Checkpoint, TensorMeta
 from mergekit_lite.checkpoint.source import Source
 from mergekit_lite.errors import InputError
 from mergekit_lite.family.family import Family, family_of
+from mergekit_lite.family.home import by_home
 from mergekit_lite.plan.words import shape as sizes
-from mergekit_lite.report.split import home_of
 from mergekit_lite.report.stream import BLOCK, Advance, blocks, check_numbers, each, opened
 
 TOGETHER = 64  # blocks of a tensor whose figures are kept before they are added up
@@ -204,7 +204,7 @@ def task_vectors(
             return _tensor(reader, base.tensors[name], [m.tensors[name] for m in models], advance, block)
 
         found = dict(zip(names, each(reader, one, names, threads), strict=True))
-    groups = by_layer(family, names)
+    groups = by_home(family, names)
     layers = {home: together([found[name] for name in members]) for home, members in groups.items()}
     return TaskVectors(
         base.location,
@@ -229,14 +229,6 @@ def compared(base: Checkpoint, models: Sequence[Checkpoint]) -> tuple[Family, li
         hint = "are they models of one kind? `merge inspect --tensors` shows names and shapes"
         raise InputError(f"no tensor of the base `{base.location}` is in all models, by name and shape", hint=hint)
     return family, names, left
-
-
-def by_layer(family: Family, names: Iterable[str]) -> dict[str, list[str]]:
-    """The tensors of each layer, under what stands before the rest of their names; others by module."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(home_of(family, name), []).append(name)
-    return groups
 
 
 def _tensor(reader: Source, base: TensorMeta, models: Sequence[TensorMeta], advance: Advance, block: int) -> Overlap:
