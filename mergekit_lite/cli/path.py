@@ -141,7 +141,7 @@ def path(
     _check({"--stragglers": count, "--text": text, "--data": data}, "--layers", layers)
     _check({"--rho": rho, "--examples": examples}, "--text` or `--data", bool(given))
     if plot is not None:
-        from mergekit_lite.evaluate.picture import check_picture
+        from mergekit_lite.evaluate.path_picture import check_picture
 
         check_picture(plot)
     ts = [i / (points - 1) for i in range(points)]

@@ -142,7 +142,7 @@ def _number(value: float | None) -> str:
 
 def drawn(study: Study, path: Path) -> None:
     """Draw it. Raises StoppedError where the disk refuses."""
-    from mergekit_lite.evaluate.picture import draw
+    from mergekit_lite.evaluate.path_picture import draw
 
     bars: list[tuple[str, list[tuple[str, float | None]]]] = []
     if study.layers is not None:
