@@ -47,6 +47,8 @@ VARIANTS: dict[str, tuple[str, str, dict[int, tuple[float, float]]]] = {
     "M-SMoE, compact": ("router: compact", "routers", {}),
     "M-SMoE, compact, mean rows": ("router: compact, rows: mean", "routers", {}),
 }
+# Variants that store each expert once, whose stable rank is told.
+RANKED = {"M-SMoE, compact": "merged", "keep dominants": "pruned"}
 
 
 def text() -> Tensor:
@@ -117,6 +119,18 @@ def loss(model: Any, batch: Tensor) -> float:
     model.eval()
     model.config.output_router_logits = False
     return sum(float(model(part, labels=part).loss) for part in batch.split(BATCH)) / len(batch.split(BATCH))
+
+
+@torch.no_grad()
+def stable_rank(model: Any) -> float:
+    """|W|_F^2 / |W|_2^2, the mean over all experts' matrices, gate and up each by itself."""
+    found: list[Tensor] = []
+    for layer in model.model.layers:
+        gate, up = layer.mlp.experts.gate_up_proj.double().chunk(2, dim=1)
+        for weights in (gate, up, layer.mlp.experts.down_proj.double()):
+            largest = torch.linalg.matrix_norm(weights, ord=2)
+            found.append((torch.linalg.matrix_norm(weights) / largest) ** 2)
+    return float(torch.cat(found).mean())
 
 
 @torch.no_grad()
@@ -210,6 +224,11 @@ def measure(folder: Path, seed: int, train: Tensor, held: Tensor, count: int, re
             rise = loss(AutoModelForCausalLM.from_pretrained(out), batch) - before
             found["rise"][f"{name} {into}"] = rise
             print(f"seed {seed}: {name}, 8 -> {into}: loss {before:.3f} {rise:+.3f}", flush=True)
+    found["stable_rank"] = {"before": stable_rank(model)}
+    for name in RANKED:
+        for into in (4, 2):
+            out = merge(folder, name, into, VARIANTS[name][0], VARIANTS[name][1])
+            found["stable_rank"][f"{name} {into}"] = stable_rank(AutoModelForCausalLM.from_pretrained(out))
     for name in ("M-SMoE", "random groups") if recovery else ():
         out = merge(folder, name, 4, VARIANTS[name][0], VARIANTS[name][1])
         found["recovered"][name] = recovered(out, train, batch, seed) - before
@@ -247,6 +266,18 @@ def page(results: dict[int, dict[str, Any]]) -> str:
         "units are matched the specification does not say. *Keep dominants* is `mode: prune`, with the router's rows",
         "of the experts that are kept, or, under `alias`, with every row.",
     ]
+    lines += [
+        "",
+        "Merging makes matrices lower in rank, which is what makes merged experts easier to decompose. The stable rank",
+        "|W|_F^2 / |W|_2^2, the mean over the matrices of all experts that are left:",
+        "",
+        "| | 8 experts | 4 experts | 2 experts |",
+        "| - | - | - | - |",
+    ]
+    whole = " / ".join(f"{results[s]['stable_rank']['before']:.2f}" for s in seeds)
+    for name, called in RANKED.items():
+        cells = [" / ".join(f"{results[s]['stable_rank'][f'{name} {into}']:.2f}" for s in seeds) for into in (4, 2)]
+        lines.append(f"| {called} | {whole} | {' | '.join(cells)} |")
     if any(results[s]["recovered"] for s in seeds):
         lines += ["", f"After {RECOVERY} steps of training in which the experts of a group stay one, at 4 experts:", ""]
         lines += [
