@@ -268,9 +268,9 @@ def page(results: dict[int, dict[str, Any]]) -> str:
     ]
     lines += [
         "",
-        "MC-SMoE decomposes merged experts because their stable rank |W|_F^2 / |W|_2^2 is said to fall. Its mean over the",
-        "matrices of all experts that are left; *pruned* are the dominant experts as they were, so that the step from",
-        "there to *merged* is what merging itself does:",
+        "MC-SMoE decomposes merged experts because their stable rank |W|_F^2 / |W|_2^2 is said to fall. Its mean over",
+        "the matrices of all experts that are left; *pruned* are the dominant experts as they were, so that the step",
+        "from there to *merged* is what merging itself does:",
         "",
         "| | 8 experts | 4 experts | 2 experts |",
         "| - | - | - | - |",
