@@ -1,7 +1,8 @@
 """The two little languages of family files, both written as Python expressions and read as syntax only.
 
 A *size* is arithmetic over keys of config.json: `head_dim or hidden_size / num_attention_heads`. `or` takes the first
-that config.json states; `/` of whole numbers must come out even; a fraction is cut off at the end.
+that config.json states; `/` of whole numbers must come out even; a fraction is cut off at the end. `hidden_sizes[s]` is
+an entry of a list, counted from 0, by a number in the name of a tensor.
 
 An *axis* says what lies along one axis of a tensor: `heads * head_dim` (the first factor outermost), `mlp + mlp`
 (one after the other), `heads * (rotary + qk + rotary + qk + vo)`. A word is a space, the groups of a space, a size or
@@ -142,6 +143,9 @@ def _evaluate(node: ast.expr, value: Callable[[str], Value]) -> Value:
             return number
         case ast.Name() | ast.Attribute():
             return value(_key(node))
+        case ast.Subscript(value=ast.Name() | ast.Attribute() as inner, slice=ast.Name(id=number)):
+            place = value(number)
+            return value(_key(inner) if place is None else f"{_key(inner)}.{place}")
         case ast.BoolOp(op=ast.Or(), values=choices):
             # What stands behind the first that is stated need not come out even.
             found = (_evaluate(choice, value) for choice in choices)

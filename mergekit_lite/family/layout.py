@@ -2,9 +2,9 @@
 
     sizes       optional; sizes by name, as arithmetic over keys of config.json
     spaces      by word: name (default: the word), kind (default: the word), size (default: as the tensors have it),
-                groups ({word: number of groups}), member (the placeholder that numbers its groups, or its units where
-                there are none), of (the space in whose groups it lies), last: fixed (the last one of its kind is the
-                output of the network)
+                also (further keys of config.json that state the size), groups ({word: number of groups}), member (the
+                placeholder that numbers its groups, or its units where there are none), of (the space in whose groups
+                it lies), last: fixed (the last one of its kind is the output of the network)
     axes        by tensor name: one entry per axis (`...`: the others are fixed), or `fixed` for all of them
     statistics  optional; the same for tensors that move along but say nothing of which units belong together
     cases       optional; what holds instead under conditions, the first case that names a tensor first: architecture,
@@ -52,6 +52,7 @@ class SpaceRule:
     member: str | None = None
     of: str | None = None
     last_fixed: bool = False
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ def parse_layout(top: Mapping[str, Any], file: str) -> Layout | None:
 
 def _space(word: str, raw: Any, file: str) -> SpaceRule:
     what = f"the space `{word}`"
-    known = ["name", "kind", "size", "groups", "member", "of", "last"]
+    known = ["name", "kind", "size", "also", "groups", "member", "of", "last"]
     entry = _mapping(raw, file, what)
     for key in entry:
         if key not in known:
@@ -142,6 +143,7 @@ def _space(word: str, raw: Any, file: str) -> SpaceRule:
         entry.get("member"),
         entry.get("of"),
         "last" in entry,
+        _strings(entry.get("also", ())),
     )
 
 

@@ -4,8 +4,9 @@ The part `moe` of a family file:
 
     count     keys of config.json that state the number of experts of a layer, and so the rows of its router
     chosen    keys that state to how many of them a token goes
-    limited   optional; routing in groups of neighbours: groups and chosen (keys), least (experts of a group that the
-              model's code needs, by model type with `else`)
+    least     optional; how many experts the model's code needs (where routing is limited: in each group), by model
+              type with `else`
+    limited   optional; routing in groups of neighbours: groups and chosen (keys)
     layouts   ways of storing the experts, of which the first whose router is found in a layer holds: router (tensors
               with an entry for every expert, the first of which must be there), rows and columns (weights of the
               experts whose rows, or columns, are hidden units). A name with `{e}` stands for one tensor an expert, one
@@ -94,10 +95,10 @@ class ExpertLayer:
 
 def parse_moe(raw: Any, file: str) -> MoeRule:
     """The part `moe` of a family file. FileFault names the file and what is wrong in it."""
-    top = _mapping(raw, file, "`moe`", {"count", "chosen", "layouts"}, {"limited"})
+    top = _mapping(raw, file, "`moe`", {"count", "chosen", "layouts"}, {"least", "limited"})
     limited = top.get("limited")
     if limited is not None:
-        limited = _mapping(limited, file, "`limited` of `moe`", {"groups", "chosen"}, {"least"})
+        limited = _mapping(limited, file, "`limited` of `moe`", {"groups", "chosen"}, set())
     layouts = top["layouts"]
     if not isinstance(layouts, list) or not layouts:
         raise FileFault(f"{file}: `layouts` of `moe` is a list of ways of storing experts")
@@ -107,8 +108,14 @@ def parse_moe(raw: Any, file: str) -> MoeRule:
         tuple(_layout(entry, file) for entry in layouts),
         None if limited is None else str(limited["groups"]),
         None if limited is None else str(limited["chosen"]),
-        None if limited is None else limited.get("least"),
+        _least(top["least"], file) if "least" in top else None,
     )
+
+
+def _least(raw: Any, file: str) -> Mapping[str, int]:
+    if not isinstance(raw, dict) or "else" not in raw or not all(type(number) is int for number in raw.values()):
+        raise FileFault(f"{file}: `least` of `moe` has a whole number for each model type, and for `else`", "least")
+    return raw
 
 
 def _layout(raw: Any, file: str) -> LayoutRule:

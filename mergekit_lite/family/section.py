@@ -1,4 +1,5 @@
-"""Dotted keys in a nested configuration, such as `text_config.num_hidden_layers`."""
+"""Dotted keys in a nested configuration, such as `text_config.num_hidden_layers`; `hidden_sizes.0` is the first entry
+of a list."""
 
 from __future__ import annotations
 
@@ -10,19 +11,29 @@ def lookup(config: Mapping[str, Any], key: str) -> Any:
     """The value at a dotted key, or None."""
     value: Any = config
     for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, list):
+            value = value[int(part)] if _entry(value, part) else None
+        else:
+            value = value.get(part) if isinstance(value, Mapping) else None
     return value
 
 
 def assign(config: MutableMapping[str, Any], key: str, value: Any) -> None:
-    """Set the value at a dotted key; a section that is missing is made."""
+    """Set the value at a dotted key; a section that is missing is made, an entry of a list must be there."""
     *sections, last = key.split(".")
     for section in sections:
         inner = config.get(section)
+        if isinstance(inner, list) and section == sections[-1] and _entry(inner, last):
+            inner[int(last)] = value
+            return
         if not isinstance(inner, MutableMapping):
             inner = config[section] = {}
         config = inner
     config[last] = value
+
+
+def _entry(values: list[Any], part: str) -> bool:
+    return part.isascii() and part.isdigit() and int(part) < len(values)
 
 
 def section_of(config: Mapping[str, Any], known: Container[str]) -> tuple[str | None, str]:

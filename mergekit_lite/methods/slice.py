@@ -13,8 +13,8 @@ from mergekit_lite.methods.spec import REQUIRED, Block, Param, Params
 
 
 def _check(params: Params, inputs: int) -> str | None:
-    if all(params[name] is None for name in ("layers", "width", "heads", "d_ff")):
-        return "`slice` needs one of `layers`, `width`, `heads` and `d_ff`: what is kept."
+    if all(params[name] is None for name in ("layers", "width", "heads", "d_ff", "channels")):
+        return "`slice` needs one of `layers`, `width`, `heads`, `d_ff` and `channels`: what is kept."
     layers = params["layers"]
     if isinstance(layers, tuple) and any(a >= b for a, b in itertools.pairwise(layers)):
         return "`layers` are numbers of layers to keep, each once and in their order; `stack` repeats and moves layers."
@@ -25,7 +25,10 @@ def _check(params: Params, inputs: int) -> str | None:
     Param("layers", "integers", None, "numbers of the layers that are kept, counted from 0", low=0),
     Param("width", "integer", None, "coordinates of the residual stream to keep; all if left out", low=1),
     Param("heads", "integer", None, "heads that every layer keeps, whole groups of them; all if left out", low=1),
-    Param("d_ff", "integer", None, "hidden units that every feed-forward part keeps; all if left out", low=1),
+    Param(
+        "d_ff", "integer", None, "hidden units that every feed-forward part keeps; all if left out", 1, by_space=True
+    ),
+    Param("channels", "integer", None, "channels that convolutions keep; all if left out", 1, by_space=True),
     Param("order", "choice", "leading", "which units are kept", choices=("leading", "importance")),
     FAMILY,
     name="slice",
@@ -35,12 +38,16 @@ def _check(params: Params, inputs: int) -> str | None:
     paper="AutoDistil, NeurIPS 2022, arXiv 2201.12507",
 )
 def slice_(xs: Sequence[Tensor], **settings: object) -> Tensor:
-    """Cut a smaller model out of a larger one: fewer layers, less width, fewer heads or hidden units.
+    """Cut a smaller model out of a larger one: fewer layers, less width, fewer heads, hidden units or channels.
 
     out = x[I_1, I_2, ...] for every tensor, with the units I_k kept along its axis k: of the residual stream, of heads
-    (keys and values by whole groups), of the hidden units of feed-forward parts. What belongs together is data of the
-    family, as for `permute`; config.json follows. What is not named stays whole.
+    (keys and values by whole groups), of the hidden units of feed-forward parts, of the channels of convolutions with
+    what a batch norm holds of them. What belongs together is data of the family, as for `permute`; config.json
+    follows. What is not named stays whole.
 
+    - Where the spaces of a kind differ in size, each has its own number, by the names that `merge inspect --spaces`
+      shows: `channels: {stem: 32, "stages.0": 128}`. What config.json works out from these (the narrow part of a
+      block of three convolutions) follows.
     - `order: leading` keeps the first units, as networks do that were trained to be sliced (supernets). `importance`
       keeps those with the largest L1 norm over everything that the model holds of them (ties: the lower number); they
       stay in their order. Groups of heads count as wholes.
@@ -69,7 +76,8 @@ def _check_sizes(params: Params, inputs: int) -> str | None:
         "width", "integer", None, "coordinates of the residual stream that count; all if left out", 1, per_input=True
     ),
     Param("heads", "integer", None, "heads that count, whole groups of them; all if left out", 1, per_input=True),
-    Param("d_ff", "integer", None, "hidden units that count; all if left out", 1, per_input=True),
+    Param("d_ff", "integer", None, "hidden units that count; all if left out", 1, per_input=True, by_space=True),
+    Param("channels", "integer", None, "channels that count; all if left out", 1, per_input=True, by_space=True),
     Param("normalize", "flag", True, "divide the weights by their sum"),
     FAMILY,
     reach="alignment",
@@ -80,10 +88,10 @@ def _check_sizes(params: Params, inputs: int) -> str | None:
 def mix_widths(xs: Sequence[Tensor], **settings: object) -> Tensor:
     """Mix slices of several sizes into one tensor of full size: an entangled mixture.
 
-    out = sum_i beta_i pad(x_i[:o_i, :n_i]), with the leading slice that `width`, `heads` and `d_ff` of input i leave,
-    zeros around it, and beta_i = weight_i, or weight_i / sum_j weight_j where `normalize` is true. The inputs may be
-    one model several times, as in a supernet whose smaller networks are parts of the larger ones. Which axes a size
-    means is data of the family, as for `slice`.
+    out = sum_i beta_i pad(x_i[:o_i, :n_i]), with the leading slice that `width`, `heads`, `d_ff` and `channels` of
+    input i leave, zeros around it, and beta_i = weight_i, or weight_i / sum_j weight_j where `normalize` is true. The
+    inputs may be one model several times, as in a supernet whose smaller networks are parts of the larger ones. Which
+    axes a size means is data of the family, as for `slice`.
 
     Takes one or more models (or deltas) of one known family and one shape, and gives that shape and config.json. An
     input that alone counts with all of its units is copied bit for bit.

@@ -43,7 +43,8 @@ class Param:
     numbers; an `open_` bound itself is not allowed. A `reference` names a model or step that is a further input.
     `words` are one or several of `choices`, given as a tuple, `integers` one or several whole numbers; `spans` are
     whole numbers, ranges of them with both ends (`0-3`) and `choices`, `globs` patterns over tensor names, `texts` one
-    or several texts of any content; a `path` is a file, for `from` also a step.
+    or several texts of any content; a `path` is a file, for `from` also a step. Globs of a setting that is
+    `by_space` are over the names of spaces, not of tensors.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Param:
     open_high: bool = False
     choices: tuple[str, ...] = ()
     per_input: bool = False
+    by_space: bool = False
 
     @property
     def required(self) -> bool:

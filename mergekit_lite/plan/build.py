@@ -124,7 +124,8 @@ def _build(
         if found is not None:
             tables[step.name] = found
             views.append(_view(step, found))
-            warnings += [*_remarks(step, methods[step.use]), *idle_globs(step, found), *without_row(step, found)]
+            method = methods[step.use]
+            warnings += [*_remarks(step, method), *idle_globs(step, method, found), *without_row(step, found)]
     warnings += builder.remarks
     adapters = Adapters(builder, recipe, tables, checkpoints, ranks, measure, problems, warnings, header)
     outputs = make_outputs(recipe, tables, checkpoints, out, check_output, vocabulary, problems, adapters)

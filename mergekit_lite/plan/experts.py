@@ -148,6 +148,8 @@ def _config(
     least = limited.get(str(lookup(config, section + "model_type")), limited.get("else", 1))
     if into % groups or into // groups < least:
         message = f"`into: {into}` does not leave each of {groups} routing groups as many experts, {least} or more"
+        if groups == 1:
+            message = f"`into: {into}` is fewer than the {least} experts that the code of this model type chooses"
         below, above = max(groups * least, into // groups * groups), max(groups * least, -(-into // groups) * groups)
         hint = f"`into: {below}` or `{above}` does" if below != above else f"`into: {above}` does"
         raise RecipeError(Problem(message, _mark(step, "into"), f"{hint}; so does `router: alias`"))

@@ -13,7 +13,7 @@ from mergekit_lite.methods.spec import Call, Method, Slot
 from mergekit_lite.plan.graph import Builder, Table
 from mergekit_lite.plan.model import Node
 from mergekit_lite.plan.settings import constant
-from mergekit_lite.plan.slice import KINDS, family_named, resized_model
+from mergekit_lite.plan.slice import KINDS, family_named, one_value, plainly, resized_model
 from mergekit_lite.plan.steps import Source, labels_of, listed
 from mergekit_lite.recipe.model import Step
 
@@ -21,8 +21,9 @@ from mergekit_lite.recipe.model import Step
 def build_mix(builder: Builder, step: Step, method: Method, sources: Sequence[Source]) -> tuple[Table, list[Problem]]:
     """The result of `step` and what is wrong with it. Sizes and zeros are settled here; the run adds up."""
     lead = sources[0].table
-    settings = constant(step, method)
-    problems = _unfit(step, sources)
+    settings = constant(plainly(step, KINDS), method)
+    problems = [p for params in (step.params, *(item.params for item in step.of)) for p in one_value(method, params)]
+    problems += _unfit(sources)
     if problems or settings is None:
         return replace(lead, nodes={}), problems
     try:
@@ -48,13 +49,8 @@ def build_mix(builder: Builder, step: Step, method: Method, sources: Sequence[So
     return replace(lead, nodes=nodes), []
 
 
-def _unfit(step: Step, sources: Sequence[Source]) -> list[Problem]:
-    values = [*step.params.values(), *(value for item in step.of for value in item.params.values())]
-    problems = [
-        Problem("this setting is one value for all tensors", value.mark, "give it plainly")
-        for value in values
-        if not value.constant
-    ]
+def _unfit(sources: Sequence[Source]) -> list[Problem]:
+    problems: list[Problem] = []
     lead = sources[0]
     shapes = {name: node.shape for name, node in lead.table.nodes.items()}
     for source in sources:
@@ -76,12 +72,12 @@ def _kept(step: Step, sources: Sequence[Source], settings: Mapping[str, Any]) ->
     """What each input keeps of every tensor that it does not keep whole."""
     data = family_named(settings["family"], step) if settings["family"] else None
     found: list[Mapping[str, Kept]] = []
-    for number, (source, item) in enumerate(zip(sources, step.of, strict=True)):
-        wanted = {kind: settings[name][number] for name, kind in KINDS.items() if settings[name][number] is not None}
+    for source, item in zip(sources, step.of, strict=True):
+        given = {**step.params, **item.params}
+        wanted = {kind: given[name] for name, kind in KINDS.items() if name in given}
         if not wanted:
             found.append({})
             continue
-        marks = {name: value.mark for name, value in {**step.params, **item.params}.items()}
-        made = resized_model(source, source.table, wanted, data, source.mark, marks)
+        made = resized_model(source, source.table, wanted, data, source.mark)
         found.append(kept_spans(made.spaces, made.keep, {n: node.shape for n, node in source.table.nodes.items()}))
     return found

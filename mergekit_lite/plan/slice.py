@@ -4,15 +4,15 @@ is for the run to find, where it goes by their importance."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from mergekit_lite.align.keep import kept_shape, kept_spans
-from mergekit_lite.errors import Mark, MergeError, Problem, RecipeError
+from mergekit_lite.errors import Mark, MergeError, Problem, RecipeError, suggest
 from mergekit_lite.family.data import FamilyData, load_family
 from mergekit_lite.family.family import family_of, restacked_config
-from mergekit_lite.family.resize import CannotResize, Resized, check_resized, resized
+from mergekit_lite.family.resize import CannotResize, Count, Resized, check_resized, resized
 from mergekit_lite.family.section import assign, lookup
 from mergekit_lite.methods.spec import Method
 from mergekit_lite.plan.graph import Builder, Table
@@ -20,23 +20,25 @@ from mergekit_lite.plan.model import LEADING, Alignment
 from mergekit_lite.plan.settings import constant
 from mergekit_lite.plan.steps import Source, listed
 from mergekit_lite.recipe.model import Step
+from mergekit_lite.recipe.value import Rule, Value, glob_matches
 
 # Keys that say how many of the first layers are of another sort.
 BOUNDS = ("first_k_dense_replace", "max_window_layers")
-KINDS = {"width": "residual", "heads": "heads", "d_ff": "mlp"}  # what a setting is about
+# What a setting is about.
+KINDS = {"width": "residual", "heads": "heads", "d_ff": "mlp", "channels": "channels"}
 
 
 def build_slice(builder: Builder, step: Step, method: Method, source: Source) -> tuple[Table, list[Problem]]:
     """The result of `step` and what is wrong with it. Full sizes leave every tensor the node that it was."""
     table = source.table
-    problems = _unfit(step, source)
-    settings = constant(step, method)
+    problems = [*one_value(method, step.params), *_unfit(source)]
+    settings = constant(plainly(step, KINDS), method)
     if problems or settings is None:
         return replace(table, nodes={}), problems
     try:
         if settings["layers"] is not None:
             table = _shallow(step, source, settings["layers"])
-        wanted = {kind: settings[name] for name, kind in KINDS.items() if settings[name] is not None}
+        wanted = {kind: step.params[name] for name, kind in KINDS.items() if name in step.params}
         if wanted:
             table = _narrow(builder, step, source, table, settings, wanted)
     except MergeError as fault:
@@ -45,12 +47,24 @@ def build_slice(builder: Builder, step: Step, method: Method, source: Source) ->
     return table, []
 
 
-def _unfit(step: Step, source: Source) -> list[Problem]:
-    problems = [
+def one_value(method: Method, params: Mapping[str, Value]) -> list[Problem]:
+    """What is wrong with settings that differ from tensor to tensor; some may differ from space to space."""
+    by_space = {param.name for param in method.params if param.by_space}
+    return [
         Problem("this setting is one value for all tensors", value.mark, "give it plainly")
-        for value in step.params.values()
-        if not value.constant
+        for name, value in params.items()
+        if name not in by_space and not value.constant
     ]
+
+
+def plainly(step: Step, without: Container[str]) -> Step:
+    """`step` without these settings."""
+    items = (replace(item, params={n: v for n, v in item.params.items() if n not in without}) for item in step.of)
+    return replace(step, of=tuple(items), params={n: v for n, v in step.params.items() if n not in without})
+
+
+def _unfit(source: Source) -> list[Problem]:
+    problems: list[Problem] = []
     codes, form = source.table.quantized, source.table.form
     if codes is not None:
         problems.append(Problem(f"`{source.name}` {codes.says}", source.mark, codes.hint))
@@ -97,12 +111,12 @@ def _shallow(step: Step, source: Source, layers: int | Sequence[int]) -> Table:
 
 
 def _narrow(
-    builder: Builder, step: Step, source: Source, table: Table, settings: Mapping[str, Any], wanted: Mapping[str, int]
+    builder: Builder, step: Step, source: Source, table: Table, settings: Mapping[str, Any], wanted: Mapping[str, Value]
 ) -> Table:
     """`table` with fewer units in its spaces. Raises a MergeError where that cannot be."""
     data = family_named(settings["family"], step) if settings["family"] else None
     shapes = {name: node.shape for name, node in table.nodes.items()}
-    made = resized_model(source, table, wanted, data, step.use_mark, {k: v.mark for k, v in step.params.items()})
+    made = resized_model(source, table, wanted, data, step.use_mark)
     if not made.keep:
         return replace(table, config=made.config)
     kept = kept_spans(made.spaces, made.keep, shapes)
@@ -122,23 +136,47 @@ def _narrow(
 
 
 def resized_model(
-    source: Source,
-    table: Table,
-    wanted: Mapping[str, int],
-    data: FamilyData | None,
-    lead: Mark,
-    marks: Mapping[str, Mark],
+    source: Source, table: Table, wanted: Mapping[str, Value], data: FamilyData | None, lead: Mark
 ) -> Resized:
     """`table` of `source` with `wanted` units by kind. Raises a MergeError where that cannot be; RecipeError where its
     sizes are to blame, at the mark of the setting, or at `lead`."""
     shapes = {name: node.shape for name, node in table.nodes.items()}
+    counts = {kind: _BySpace(value) for kind, value in wanted.items()}
     try:
-        return resized(table.config, shapes, wanted, data)
+        made = resized(table.config, shapes, {kind: one.count for kind, one in counts.items()}, data)
     except CannotResize as fault:
         name = next((name for name, kind in KINDS.items() if kind == fault.kind and kind in wanted), None)
-        mark = lead if name is None else marks.get(name, lead)
+        mark = lead if name is None else wanted[fault.kind].mark
         what = f"`{source.name}` cannot be cut so" if name is None else f"`{name}` does not fit `{source.name}`"
         raise RecipeError(Problem(f"{what}: {fault}", mark, fault.hint)) from None
+    for kind, one in counts.items():
+        for rule in one.idle:
+            names = [space.name for space in made.spaces if space.kind == kind]
+            raise RecipeError(
+                Problem(f"`{rule.glob}` is no space of `{source.name}`", rule.mark, suggest(str(rule.glob), names))
+            )
+    return made
+
+
+class _BySpace:
+    """A setting as a number for all spaces, or as one by the name of each; `idle` are rules that named no space."""
+
+    def __init__(self, value: Value):
+        self._value, self._named = value, set[str]()
+        self.count: Count = int(str(value.rules[0].value)) if value.constant else self._of
+
+    def _of(self, name: str) -> int | None:
+        self._named.add(name)
+        found = self._value.at(name, None)
+        return found if isinstance(found, int) else None
+
+    @property
+    def idle(self) -> list[Rule]:
+        return [
+            rule
+            for rule in self._value.rules
+            if rule.glob is not None and not any(glob_matches(rule.glob, name) for name in self._named)
+        ]
 
 
 def _check(

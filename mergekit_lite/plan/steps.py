@@ -132,9 +132,10 @@ def build_step(
     return replace(empty, nodes=nodes, dtypes=dtypes), faults.problems()
 
 
-def idle_globs(step: Step, table: Table) -> list[Problem]:
+def idle_globs(step: Step, method: Method, table: Table) -> list[Problem]:
     """Globs in the step's settings that match no tensor: most often a typing error, which would go unseen."""
     values = [*step.params.items(), *(pair for item in step.of for pair in item.params.items())]
+    elsewhere = {param.name for param in method.params if param.by_space}
     return [
         Problem(
             f"`{rule.glob}` matches no tensor, so this value of `{param}` is never used",
@@ -143,6 +144,7 @@ def idle_globs(step: Step, table: Table) -> list[Problem]:
         )
         for param, value in values
         for rule in value.rules
+        if param not in elsewhere
         if rule.glob is not None and not any(glob_matches(rule.glob, name) for name in table.nodes)
     ]
 

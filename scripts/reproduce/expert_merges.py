@@ -53,6 +53,8 @@ VARIANTS: dict[str, tuple[str, str, dict[int, tuple[float, float]]]] = {
     "M-SMoE, compact": ("router: compact", "routers", {}),
     "M-SMoE, compact, mean rows": ("router: compact, rows: mean", "routers", {}),
 }
+# Variants that store each expert once, whose stable rank is told.
+RANKED = {"M-SMoE, compact": "merged", "keep dominants": "pruned"}
 
 RECOVERED = {"M-SMoE": (0.013, -0.009), "random groups": (0.11, 0.05), "random groups, no permutation": (0.11, 0.05)}
 
@@ -124,6 +126,18 @@ def loss(model: Any, batch: Tensor) -> float:
     model.eval()
     model.config.output_router_logits = False
     return sum(float(model(part, labels=part).loss) for part in batch.split(BATCH)) / len(batch.split(BATCH))
+
+
+@torch.no_grad()
+def stable_rank(model: Any) -> float:
+    """|W|_F^2 / |W|_2^2, the mean over all experts' matrices, gate and up each by itself."""
+    found: list[Tensor] = []
+    for layer in model.model.layers:
+        gate, up = layer.mlp.experts.gate_up_proj.double().chunk(2, dim=1)
+        for weights in (gate, up, layer.mlp.experts.down_proj.double()):
+            largest = torch.linalg.matrix_norm(weights, ord=2)
+            found.append((torch.linalg.matrix_norm(weights) / largest) ** 2)
+    return float(torch.cat(found).mean())
 
 
 @torch.no_grad()
@@ -217,6 +231,11 @@ def measure(folder: Path, seed: int, count: int) -> dict[str, float]:
         for into in INTO:
             out = merge(folder, name, into, settings, statistics)
             found[f"{name} {into}"] = loss(AutoModelForCausalLM.from_pretrained(out), batch) - before
+    found["stable rank whole"] = stable_rank(model)
+    for name, called in RANKED.items():
+        for into in INTO:
+            out = merge(folder, name, into, VARIANTS[name][0], VARIANTS[name][1])
+            found[f"stable rank {called} {into}"] = stable_rank(AutoModelForCausalLM.from_pretrained(out))
     for name in RECOVERED:
         settings, statistics, _ = VARIANTS[name]
         out = merge(folder, name, max(INTO), settings, statistics)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from claims import Found
-from expert_merges import INTO, RECOVERED, RECOVERY, STEPS, VARIANTS
+from expert_merges import INTO, RANKED, RECOVERED, RECOVERY, STEPS, VARIANTS
 from work import page
 
 TEXT = """\
@@ -20,6 +20,12 @@ the seeds {seeds}, trained {steps} steps, whose networks have losses of {before}
 Random groups are those of statistics that say nothing of the network, with uniform weights; whether their units are
 matched the specification does not say. *Keep dominants* is `mode: prune`, with the router's rows of the experts that
 are kept, or, under `alias`, with every row.
+
+MC-SMoE decomposes merged experts because their stable rank |W|_F^2 / |W|_2^2 is said to fall. Its mean over the matrices
+of all experts that are left; *pruned* are the dominant experts as they were, so that the step from there to *merged* is
+what merging itself does:
+
+{ranks}
 
 After {recovery} steps of training in which the experts of a group stay one, at {most} experts:
 
@@ -40,12 +46,18 @@ def document(found: Found) -> str:
         f"(expected {' / '.join(f'{one:+.3f}' for one in expected)})"
         for name, expected in RECOVERED.items()
     ]
+    whole = " / ".join(f"{rank:.2f}" for rank in found["stable rank whole"])
+    ranks = [["", "8 experts", *(f"{into} experts" for into in INTO)], ["-"] * (2 + len(INTO))]
+    for called in RANKED.values():
+        left = (" / ".join(f"{rank:.2f}" for rank in found[f"stable rank {called} {into}"]) for into in INTO)
+        ranks.append([called, whole, *left])
     text = TEXT.format(
         parameters=found["parameters"][0],
         seeds=listed([str(seed) for seed in found.seeds]),
         steps=listed([str(STEPS[seed]) for seed in found.seeds]),
         before=listed([f"{loss:.3f}" for loss in found["before"]]),
         table="\n".join(f"| {' | '.join(row)} |" for row in rows),
+        ranks="\n".join(f"| {' | '.join(row)} |" for row in ranks),
         recovery=RECOVERY,
         most=max(INTO),
         recovered="\n".join(lines),

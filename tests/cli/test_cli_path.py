@@ -26,6 +26,7 @@ axes:
   up.weight: [hidden, fixed]
   down.weight: [fixed, hidden]
 """
+# Without torch: a score is a process for each point.
 LOSS = """\
 import json, pathlib, sys
 from safetensors.numpy import load_file

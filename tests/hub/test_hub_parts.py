@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import struct
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save
 from server import Hub
@@ -60,19 +64,24 @@ def test_scales_are_streamed_with_their_weights(hub: Hub, here: Path) -> None:
     assert torch.allclose(found.float(), (means[0] + means[1]) / 2, rtol=1e-6)
 
 
-def test_a_task_of_a_store_is_streamed_by_its_own_files(hub: Hub, here: Path) -> None:
-    for seed, name in enumerate(("base", "math", "code")):
+def store(tasks: Sequence[str], extra: str = "") -> dict[str, bytes]:
+    """The files of a store of these tasks, made in the folder `store`."""
+    for seed, name in enumerate(("base", *tasks)):
         Path(name).mkdir()
         Path(name, "model.safetensors").write_bytes(save(numbers(seed)))
         Path(name, "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
+    names, of = ", ".join(f"{name}: ./{name}" for name in ("base", *tasks)), ", ".join(tasks)
     Path("store.yaml").write_text(
-        "version: 1\nmodels: {base: ./base, math: ./math, code: ./code}\n"
-        "steps: {sum: {use: task_arithmetic, base: base, of: [math, code], with: {lambda: 1}}}\n"
-        "save: {step: sum, as: masks, base: base, tasks: [math, code], to: store}\n"
+        f"version: 1\nmodels: {{{names}}}\n"
+        f"steps: {{sum: {{use: task_arithmetic, base: base, of: [{of}], with: {{lambda: 1}}}}}}\n"
+        f"save: {{step: sum, as: masks, base: base, tasks: [{of}], to: store{extra}}}\n"
     )
     mergekit_lite.run(mergekit_lite.plan(mergekit_lite.load_recipe("store.yaml"), threads=1), threads=1)
-    files = {path.name: path.read_bytes() for path in Path("store").iterdir()}
-    commit = hub.add("org/store", files).refs["main"]
+    return {path.name: path.read_bytes() for path in Path("store").iterdir()}
+
+
+def test_a_task_of_a_store_is_streamed_by_its_own_files(hub: Hub, here: Path) -> None:
+    commit = hub.add("org/store", store(["math", "code"])).refs["main"]
     hub.log.clear()
     streamed = merged(task(f"org/store#code@{commit}"), "stream", "far")
     asked = {request.path for request in hub.log if request.path.endswith(".safetensors")}
@@ -82,3 +91,38 @@ def test_a_task_of_a_store_is_streamed_by_its_own_files(hub: Hub, here: Path) ->
     merged(task("./store#code"), "cache", "local")
     found, there = load_file("far/model.safetensors"), load_file("local/model.safetensors")
     assert all(torch.equal(found[name], there[name]) for name in SHAPES)
+
+
+def test_a_task_of_a_coded_store_is_streamed_by_ranges(hub: Hub, here: Path) -> None:
+    """Nine tasks lie in two files of coded masks, and only the header of the other task's is read."""
+    tasks = [f"t{number}" for number in range(9)]
+    files = store(tasks, ", compress: zstd")
+    second = "masks-zstd-2.safetensors"
+    assert second in files and not any(name.startswith("mask-") for name in files)
+    commit = hub.add("org/store", files).refs["main"]
+    hub.log.clear()
+    streamed = merged(task(f"org/store#t8@{commit}"), "stream", "far")
+    reads = [request for request in hub.log if request.method == "GET" and "safetensors" in request.path]
+    assert reads and all(request.range for request in reads)
+    assert not list((here / "cache").rglob("*.safetensors"))
+    asked = Counter(Path(request.path).name for request in reads)
+    assert asked["masks-zstd-1.safetensors"] == 1 < asked[second]
+    assert streamed == merged(task(f"org/store#t8@{commit}"), "cache", "near")
+    assert {Path(found).name for found in (here / "cache").rglob("*.safetensors")} >= {second}
+    merged(task("./store#t8"), "cache", "local")
+    found, there = load_file("far/model.safetensors"), load_file("local/model.safetensors")
+    assert all(torch.equal(found[name], there[name]) for name in SHAPES)
+
+
+def test_a_damaged_frame_at_the_hub_is_told_with_the_file(hub: Hub, here: Path) -> None:
+    """A bit that fell over on the way to the Hub: streamed and cached runs stop, and leave no output."""
+    files = store(["math", "code"], ", compress: zstd")
+    name = "masks-zstd-1.safetensors"
+    whole = bytearray(files[name])
+    start = 8 + struct.unpack("<Q", whole[:8])[0]
+    whole[(start + len(whole)) // 2] ^= 4
+    hub.add("org/store", {**files, name: bytes(whole)})
+    for fetch in ("stream", "cache"):
+        with pytest.raises(mergekit_lite.InputError, match=name) as fault:
+            merged(task("org/store#code"), fetch, f"to-{fetch}")
+        assert "frame 0" in fault.value.problems[0].message and not Path(f"to-{fetch}").exists()

@@ -91,6 +91,48 @@ def test_from_hub_ids_to_a_hub_id(hub: Any, merge: Merge, parents: Path, tmp_pat
     assert all(save.push is None for save in load_recipe(Path(place) / "recipe.lock.yaml").saves)
 
 
+def test_a_coded_store_is_pushed_and_read_again(hub: Any, merge: Merge, parents: Path, tmp_path: Path) -> None:
+    """The masks of a store are sent with it, and a task of the store at the Hub is that of the one on the disk."""
+    steps = "steps: {sum: {use: task_arithmetic, base: math, of: [code], with: {lambda: 1}}}"
+    save = "{step: sum, as: masks, base: math, tasks: [code], compress: zstd}"
+    store = merged(parents, tmp_path, "store", save, steps)
+    assert merge("push", "store", "me/store").code == 0
+    assert "masks-zstd-1.safetensors" in held(hub, "me/store")
+    assert all((store / name).read_bytes() == data for name, data in held(hub, "me/store").items() if "safe" in name)
+    found = {}
+    for name, place in (("far", "me/store#code"), ("near", "./store#code")):
+        Path(f"{name}.yaml").write_text(f'version: 1\nmodels: {{m: "{place}"}}\nsave: {{step: m, to: {name}}}\n')
+        ran = merge("run", f"{name}.yaml", "--fetch", "stream")
+        assert ran.code == 0, ran.err
+        found[name] = AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+    assert all(torch.equal(found["far"][name], value) for name, value in found["near"].items())
+
+
+def test_outputs_that_share_a_file_are_pushed_whole(hub: Any, merge: Merge, parents: Path, tmp_path: Path) -> None:
+    """At the Hub each is a model of its own, though on this disk they are one file in part."""
+    recipe = tmp_path / "r.yaml"
+    steps = "  mean: {use: linear, of: [math, code]}\n"
+    steps += "".join(f"  for_{t}: {{use: share, of: [mean, {t}], with: {{layers: [0]}}}}\n" for t in ("math", "code"))
+    saves = "".join(f"  - {{step: for_{t}, to: out/{t}, push: {{repo: me/{t}}}}}\n" for t in ("math", "code"))
+    models = f"models: {{math: {parents}/math, code: {parents}/code}}"
+    recipe.write_text(f"version: 1\n{models}\nsteps:\n{steps}save:\n{saves}")
+    ran = merge("run", "r.yaml")
+    assert ran.code == 0, ran.err
+    weights = [{p.name: p for p in Path("out", t).glob("*.safetensors")} for t in ("math", "code")]
+    assert any(a.samefile(b) for a in weights[0].values() for b in weights[1].values())
+    for t, local in zip(("math", "code"), weights, strict=True):
+        there = held(hub, f"me/{t}")
+        assert {name for name in there if name.endswith(".safetensors")} == set(local)
+        place = snapshot_download(f"me/{t}", endpoint=hub.address, token=TOKEN, cache_dir=tmp_path / "there")
+        assert (verify(place).faults, verify(place).sealed) == ((), True)
+        loaded = AutoModelForCausalLM.from_pretrained(place).state_dict()
+        own = AutoModelForCausalLM.from_pretrained(parents / t).state_dict()
+        both = [AutoModelForCausalLM.from_pretrained(parents / p).state_dict() for p in ("math", "code")]
+        for name, value in loaded.items():
+            mean = (both[0][name] + both[1][name]) / 2
+            assert torch.allclose(value, mean if ".layers.0." in name else own[name], atol=1e-6), name
+
+
 def test_a_second_push_commits_nothing(hub: Any, merge: Merge, out: Path) -> None:
     assert merge("push", "out", "me/x").code == 0
     commits, sent = len(hub.repos["me/x"].commits), hub.sent_up()

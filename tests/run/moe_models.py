@@ -20,6 +20,7 @@ from transformers import (
     DeepseekV3Config,
     MixtralConfig,
     OlmoeConfig,
+    PhimoeConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
@@ -65,6 +66,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     ),
     "qwen3_moe": lambda: Qwen3MoeConfig(**_COMMON, num_experts=EXPERTS, moe_intermediate_size=16, head_dim=6),
     "olmoe": lambda: OlmoeConfig(**_COMMON, num_experts=EXPERTS),
+    "phimoe": lambda: PhimoeConfig(**_COMMON, num_local_experts=EXPERTS),
     "deepseek_v2": lambda: DeepseekV2Config(**_DEEPSEEK, topk_method="group_limited_greedy"),
     "deepseek_v3": lambda: DeepseekV3Config(**_DEEPSEEK),
 }
@@ -87,6 +89,11 @@ def routers(model: Any) -> dict[int, Any]:
     return {i: layer.mlp for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")}
 
 
+def gate_of(part: Any) -> Any:
+    """The router of a feed-forward part."""
+    return part.router if hasattr(part, "router") else part.gate
+
+
 def write_tiny(folder: Path, kind: str, *, fused: bool = False, dtype: torch.dtype = torch.float32) -> Tiny:
     """A random model of one kind, and statistics of random logits: usage with a tie and an expert never used."""
     torch.manual_seed(7)
@@ -103,7 +110,9 @@ def write_tiny(folder: Path, kind: str, *, fused: bool = False, dtype: torch.dty
         drawn[:, 4] = -9.0 + 0.1 * drawn[:, 4]  # never among the two
         logits[i] = drawn
         usage[i] = torch.bincount(drawn.topk(TOP).indices.flatten(), minlength=EXPERTS)
-        router = f"model.layers.{i}.{'block_sparse_moe' if kind == 'mixtral' and not fused else 'mlp'}.gate"
+        apart = kind in ("mixtral", "phimoe") and not fused
+        module = "block_sparse_moe.gate" if apart else "mlp.router" if kind == "phimoe" else "mlp.gate"
+        router = f"model.layers.{i}.{module}"
         stored[f"{router}.logits_gram"] = drawn.T @ drawn
         stored[f"{router}.usage"] = usage[i]
         stored[f"{router}.tokens"] = torch.tensor(len(drawn))
@@ -117,7 +126,7 @@ def alike(tiny: Tiny, layer: int, similarity: str) -> Tensor:
     if similarity == "router-logits":
         vectors = tiny.logits[layer].T
     elif similarity == "router-weight":
-        vectors = part.gate.weight.detach().double()
+        vectors = gate_of(part).weight.detach().double()
     else:
         experts = part.experts
         flat = [experts.gate_up_proj.detach().flatten(1), experts.down_proj.detach().flatten(1)]

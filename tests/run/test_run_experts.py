@@ -20,6 +20,7 @@ from moe_models import (
     Tiny,
     changed,
     fill,
+    gate_of,
     groups_of,
     logits_of,
     mean_of,
@@ -70,7 +71,7 @@ def smaller(tiny: Tiny, into: int, *, mean_rows: bool = False) -> Any:
     old = tiny.model.state_dict()
     model.load_state_dict({n: t for n, t in old.items() if t.shape == model.state_dict()[n].shape}, strict=False)
     for i, part in routers(model).items():
-        before = routers(tiny.model)[i].gate
+        before = gate_of(routers(tiny.model)[i])
         for slot, members in enumerate(groups_of(tiny, i, into, "router-logits", routing).values()):
             fill(part, slot, *mean_of(tiny, i, members, align=True, even=False))
             weights = tiny.usage[i][members].double() + (1e-300 if mean_rows else 0)
@@ -78,7 +79,7 @@ def smaller(tiny: Tiny, into: int, *, mean_rows: bool = False) -> Any:
                 if hasattr(before, name):
                     rows = getattr(before, name).detach()[members].double()
                     mean = (weights.view(-1, *[1] * (rows.dim() - 1)) * rows).sum(0) / weights.sum()
-                    getattr(part.gate, name).data[slot] = mean if mean_rows else rows[0]
+                    getattr(gate_of(part), name).data[slot] = mean if mean_rows else rows[0]
     return model
 
 

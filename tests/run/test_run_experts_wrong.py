@@ -60,6 +60,15 @@ def test_routing_groups_must_still_divide(tiny: Tiny, tmp_path: Path) -> None:
     merged(write_recipe(tmp_path / "alias.yaml", tiny, "into: 2, statistics: routers"))
 
 
+@pytest.mark.parametrize("tiny", [("phimoe", False)], indirect=True, ids=["phimoe"])
+def test_a_router_whose_code_chooses_two_keeps_two(tiny: Tiny, tmp_path: Path) -> None:
+    settings = "into: 1, statistics: routers"
+    with pytest.raises(RecipeError, match=r"fewer than the 2 experts") as fault:
+        plan(load_recipe(write_recipe(tmp_path / "one.yaml", tiny, f"{settings}, router: compact")))
+    assert "`into: 2` does" in str(fault.value.problems[0].hint)
+    merged(write_recipe(tmp_path / "alias.yaml", tiny, settings))
+
+
 @MIXTRAL
 def test_the_tensor_that_holds_nan_is_named(tiny: Tiny, tmp_path: Path) -> None:
     name = "model.layers.1.block_sparse_moe.experts.5.w2.weight"

@@ -102,7 +102,7 @@ def test_against_the_oracle() -> None:
         ("{model: a, heads: 3}", "", "which 3 would divide"),
         ("a, {model: c, d_ff: 4}", "", "do not have, in one shape"),
         ("{model: a, weight: 0}", "", "the weights add up to 0"),
-        ("{model: a, d_ff: {'*': 3}}", "", "one value for all tensors"),
+        ("{model: a, width: {'*': 3}}", "", "one value for all tensors"),
         ("{model: a, d_ff: 3}", "family: nowhere", "cannot read the family file nowhere"),
     ],
 )

@@ -423,8 +423,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
     folder = tmp_path_factory.mktemp("processes")
     kill.write_models(folder / "models")
     recipe = write(folder / "r.yaml", folder / "models", everyone(layers=["0-2", "below"]), ", shard: 2MB")
-    code, _, err = kill.finish(kill.start(recipe))
-    assert code == 0, err
+    made(recipe)
     return recipe, _taken(folder / "out")
 
 
@@ -443,9 +442,7 @@ def test_killed_and_resumed(at: str, whole: tuple[Path, dict[str, dict[str, str]
     recipe, expected = whole
     code, *_ = kill.finish(kill.start(recipe, "--threads", "2", signal_at=f"{at} {signal.SIGKILL}"))
     assert code == -signal.SIGKILL
-    code, out, err = kill.finish(kill.start(recipe, "--threads", "1", "--resume"))
-    assert code == 0, err
-    assert json.loads(out)["resumed"] >= (0 if at.startswith("begin") else int(at.split()[1]))
+    assert made(recipe, resume=True).resumed >= (0 if at.startswith("begin") else int(at.split()[1]))
     assert _taken(recipe.parent / "out") == expected
 
 

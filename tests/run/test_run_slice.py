@@ -344,7 +344,7 @@ def test_fewer_bytes_are_read_than_the_model_has(tmp_path: Path) -> None:
 
 
 WRONG = {
-    "order: leading": ("needs one of `layers`, `width`, `heads` and `d_ff`", "slice"),
+    "order: leading": ("needs one of `layers`, `width`, `heads`, `d_ff` and `channels`", "slice"),
     "layers: [0, 2]": ("has layers 0 to 1, `layers` names 2", "[0, 2]"),
     "layers: [1, 0]": ("each once and in their order", "slice"),
     "layers: [-1]": ("`layers` are whole numbers from 0, not -1", "[-1]"),
@@ -354,7 +354,12 @@ WRONG = {
     "width: 18": ("a width of 18 is no multiple of the 4 heads", "18"),
     "heads: 3": ("which 3 would divide", "3"),
     "heads: 8": ("8 is more than the 4 units", "8"),
-    "d_ff: {'*': 4}": ("one value for all tensors", "{"),
+    "width: {'*': 16}": ("one value for all tensors", "{"),
+    "d_ff: {layers.0.mlp: 4}": ("the size of `layers.0.mlp`, here 4, and of `layers.1.mlp`, here 20", "{"),
+    "d_ff: {layers.0.mlp: 4, layers.1.mlp: 5}": ("here 4, and of `layers.1.mlp`, here 5", "{"),
+    "d_ff: {layers.0.mpl: 4, else: 5}": ("`layers.0.mpl` is no space of `big`", "layers.0.mpl: 4"),
+    "d_ff: {across: [4, 5]}": ("`d_ff` is a whole number, not 4.0", "{"),
+    "channels: 4": ("no spaces of the kind `channels`", "4"),
     "d_ff: 21": ("21 is more than the 20 units of `layers.0.mlp`", "21"),
     "d_ff: 4, family: nowhere.yaml": ("cannot read the family file nowhere.yaml", "nowhere.yaml"),
     "d_ff: 4, family: bert": ("no rule of the family `bert` names the tensor", "slice"),
