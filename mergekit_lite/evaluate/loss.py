@@ -11,6 +11,7 @@ from mergekit_lite.plan.words import few
 
 # Of the merged tensors, or of these and a batch: the loss, or the loss and its gradients by tensor.
 LossFunction = Callable[..., Any]
+_HINT = "give a scalar of torch, or a number and its gradients by tensor"
 
 
 class Objective(Protocol):
@@ -94,14 +95,18 @@ class FunctionLoss:
 
 
 def _number(value: Any) -> float:
-    return float(value.detach() if isinstance(value, torch.Tensor) else value)
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return float(value.detach())
+    if isinstance(value, int | float):
+        return float(value)
+    said = f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    raise UsageError(f"the loss gives {said}, of which there is no gradient", hint=_HINT)
 
 
 def _check(value: Any) -> None:
-    if not isinstance(value, torch.Tensor) or value.numel() != 1:
-        said = f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-        hint = "give a scalar of torch, or a number and its gradients by tensor"
-        raise UsageError(f"the loss gives {said}, of which there is no gradient", hint=hint)
+    _number(value)
+    if not isinstance(value, torch.Tensor):
+        raise UsageError(f"the loss gives a {type(value).__name__}, of which there is no gradient", hint=_HINT)
     if not value.requires_grad:
         hint = "work out the scalar from the tensors that the function is given, without `.item()` or `detach`"
         raise UsageError("the loss does not depend on the merged tensors", hint=hint)
