@@ -60,7 +60,7 @@ class NetworkLoss(Slopes):
             if id(parameter) in first
         }
         device = next(iter(self._parameters.values())).device
-        self.also = (torch.ones((), device=device, requires_grad=True),) if temperature else ()
+        self.also: tuple[Tensor, ...] = (torch.ones((), device=device, requires_grad=True),) if temperature else ()
         self.units = len(self._batches)
         self.per_step = max(1, BATCH * len(self._batches) // max(1, data.examples))
         self._count = 0

@@ -87,7 +87,10 @@ def search(
     device: Annotated[
         str | None,
         typer.Option(
-            "--device", metavar="NAME", help="Where the loss of data is worked out; cpu if left out.", show_default=False
+            "--device",
+            metavar="NAME",
+            help="Where the loss of data is worked out; cpu if left out.",
+            show_default=False,
         ),
     ] = None,
     set: options.Set = None,
@@ -111,7 +114,13 @@ def search(
 
     template = Template(recipe, set or (), _given(score, metric, goal, timeout))
     folder = out or Path(f"{Path(recipe).stem}.search")
-    read = {"--text": text, "--data": data, "--block": block, "--lines": lines or None, "--examples": examples}
+    read: dict[str, object] = {
+        "--text": text,
+        "--data": data,
+        "--block": block,
+        "--lines": lines or None,
+        "--examples": examples,
+    }
     read["--device"] = device
     if template.learned is not None:
         from mergekit_lite.cli.learn import learn

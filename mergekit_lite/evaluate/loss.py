@@ -18,9 +18,13 @@ class Objective(Protocol):
     """A loss over `units` of data. `tensors` are where the merge is put before it is asked for; `also` are further
     numbers that are learned, and hold their gradients after `slopes`."""
 
-    tensors: Mapping[str, Tensor]
-    also: Sequence[Tensor]
     units: int
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def also(self) -> Sequence[Tensor]: ...
 
     def slopes(self, units: Sequence[int]) -> tuple[float, Mapping[str, Tensor]]:
         """The loss over these units, and its gradient by tensor; those that it does not depend on may be left out."""

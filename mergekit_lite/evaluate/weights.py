@@ -110,7 +110,7 @@ class Weights:
 
     def factors(self) -> dict[str, list[float]]:
         """By tensor, one for each input: what the merge multiplies them by."""
-        found = {}
+        found: dict[str, list[float]] = {}
         for group, weights in self.written().items():
             if self._factor is None:
                 total = math.fsum(weights)  # as `linear` does it, to the bit

@@ -33,7 +33,9 @@ class Learning:
 
 def read_learning(node: MapNode, items: ListNode, problems: list[Problem]) -> tuple[Learning, tuple[str, ...]]:
     """What the hole `node` says, and the names of the inputs; findings go to `problems`."""
-    names = [item.value if isinstance(item, ScalarNode) and isinstance(item.value, str) else None for item in items.items]
+    names = [
+        item.value if isinstance(item, ScalarNode) and isinstance(item.value, str) else None for item in items.items
+    ]
     if len(names) < 2:
         problems.append(Problem("weights are learned of at least two inputs", items.mark, EXAMPLE))
     for item, name in zip(items.items, names, strict=True):

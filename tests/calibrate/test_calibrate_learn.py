@@ -164,7 +164,9 @@ def test_the_command_learns_a_soup_of_language_models_that_runs(
     assert (tmp_path / "r.search" / "best.yaml").read_text(encoding="utf-8") == told["recipe"]
     code, again, _ = search(*words)
     assert "model.layers.0.*" in again and "3 epochs" in again and "r.search/best.yaml" in again
-    assert json.loads((tmp_path / "r.search" / "learned.json").read_text(encoding="utf-8"))["weights"] == told["weights"]
+    assert (
+        json.loads((tmp_path / "r.search" / "learned.json").read_text(encoding="utf-8"))["weights"] == told["weights"]
+    )
     assert execute(["run", "r.search/best.yaml"]) == 0
     a, b, c = (load_file(models / f"tied-{name}" / "model.safetensors") for name in "abc")
     made = load_file(tmp_path / "out" / "model.safetensors")

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cli.cli_process import environ
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -25,6 +24,7 @@ from mergekit_lite.evaluate.loss import FunctionLoss
 from mergekit_lite.evaluate.template import Template
 from mergekit_lite.evaluate.weights import Weights, open_step
 from mergekit_lite.family.family import family_of
+from tests.cli.cli_process import environ
 
 Models = dict[str, dict[str, Tensor]]
 Write = Callable[..., Path]
@@ -116,7 +116,9 @@ def test_the_gradient_is_that_of_autograd_through_the_mix(
         found = weights.gradient(ingredients.products(slopes))
     wanted = by_autograd(weights.raw, weights.groups, models, loss, kind == "soup")
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
-    assert wanted.abs().min() > 1e-6 and value == pytest.approx(float(loss({**objective.tensors, "seen": models["a"]["seen"]})))
+    assert wanted.abs().min() > 1e-6 and value == pytest.approx(
+        float(loss({**objective.tensors, "seen": models["a"]["seen"]}))
+    )
 
 
 def test_a_tied_tensor_has_the_gradient_of_both_its_uses(write: Write, tmp_path: Path) -> None:
@@ -154,9 +156,7 @@ def test_a_learned_soup_is_never_worse_than_the_uniform_one(models: Models, writ
     uniform = {n: (models["a"][n] + models["b"][n] + models["c"][n]) / 3 for n in models["a"] if n != "seen"}
     uniform["seen"] = models["a"]["seen"]
     batches = [slice(0, 15), slice(15, 30), slice(30, 40)]
-    found = mergekit_lite.learn(
-        write(SOUP, f", by: {by}", f"seed: {seed}\n"), labelled, batches=batches, models=models
-    )
+    found = mergekit_lite.learn(write(SOUP, f", by: {by}", f"seed: {seed}\n"), labelled, batches=batches, models=models)
     parts = [float(labelled(uniform, rows)) for rows in batches]
     assert found.before == pytest.approx(sum(parts) / 3, rel=1e-12)
     assert found.after <= found.before and found.better and len(found.epochs) == 5
