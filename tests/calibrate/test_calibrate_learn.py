@@ -139,7 +139,9 @@ def test_the_gradient_is_that_of_autograd_through_the_network(
 
 
 @pytest.fixture
-def search(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Shown]:  # fmt: skip
+def search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Shown]:
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str) -> Shown:
@@ -216,6 +218,6 @@ def test_wrong_use_is_told(
     save_file({n: t for n, t in data.items() if n != "labels"}, tmp_path / "u.safetensors")
     files = {"TEXT": "text.txt", "DATA": "inputs.safetensors", "SHORT": "inputs.safetensors"}
     paths = {word: str(models / name) for word, name in files.items()} | {"UNLABELLED": "u.safetensors"}
-    found, out, err = search(*(paths.get(word, word) for word in words))
+    found, _, err = search(*(paths.get(word, word) for word in words))
     assert found == code and said in err, (found, err)
     assert not (tmp_path / "r.search").exists()
