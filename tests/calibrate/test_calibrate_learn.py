@@ -139,9 +139,7 @@ def test_the_gradient_is_that_of_autograd_through_the_network(
 
 
 @pytest.fixture
-def search(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Shown]:
+def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Shown]:
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str) -> Shown:
