@@ -4,8 +4,8 @@
       recipe/       recipe/      plan/  ◀ checkpoint/       run/  ◀ methods/      checkpoint/
 
 The public API is small: `load_recipe`, `plan`, `run`, `merge_in_memory`, `search` for merges that are chosen by a
-score, `collect` for the statistics of a network, and the errors they raise (`MergeError` and its kinds). Start reading
-at merge.py.
+score, `learn` for weights that are learned, `collect` for the statistics of a network, and the errors they raise
+(`MergeError` and its kinds). Start reading at merge.py.
 """
 
 # The folders `plan` and `run` are loaded first: a folder that is loaded later would take the place of the function.
@@ -22,7 +22,7 @@ from mergekit_lite.errors import (
     StoppedError,
     UsageError,
 )
-from mergekit_lite.merge import Result, load_recipe, merge_in_memory, plan, run, search
+from mergekit_lite.merge import Result, learn, load_recipe, merge_in_memory, plan, run, search
 
 del mergekit_lite  # the name that the imports of the folders leave behind
 
@@ -38,6 +38,7 @@ __all__ = [
     "StoppedError",
     "UsageError",
     "collect",
+    "learn",
     "load_recipe",
     "merge_in_memory",
     "plan",

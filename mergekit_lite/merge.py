@@ -8,7 +8,8 @@ run           Plan -> shards on disk                 run/
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,9 +27,14 @@ from mergekit_lite.run.result import Result as Result
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergekit_lite.calibrate.measure import Settings
+    from mergekit_lite.evaluate.ingredients import Ingredients
+    from mergekit_lite.evaluate.learn import Learned
+    from mergekit_lite.evaluate.loss import LossFunction
     from mergekit_lite.evaluate.search import Found
     from mergekit_lite.evaluate.study import Trial
     from mergekit_lite.evaluate.template import Template
+    from mergekit_lite.evaluate.weights import Open
     from mergekit_lite.plan.model import Plan
     from mergekit_lite.run.progress import Progress
     from mergekit_lite.run.ranks import Ranks
@@ -300,6 +306,90 @@ def search(
         return go(template, judge, folder, trials, jobs, sampler, told)
 
 
+def learn(
+    recipe: str | Path | Template,
+    loss: LossFunction | None = None,
+    *,
+    batches: Sequence[Any] | None = None,
+    also: Sequence[Tensor] = (),
+    data: Settings | None = None,
+    models: Mapping[str, Mapping[str, Tensor]] | None = None,
+    config: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    threads: int | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
+    told: Callable[[float], None] = lambda loss: None,
+) -> Learned:
+    """Learn the weights that a recipe leaves open (`of: {learned: [a, b]}`), by the gradient of a loss.
+
+    `loss` is a function of the merged state dict, in the dtype of the recipe's arithmetic, which gives a scalar of
+    torch, or a number and a mapping of its gradients. With `batches` it gets one of them too, and each is a step of
+    Adam; without, each call is an epoch. Tensors in `also`, such as a temperature, are learned beside the weights and
+    left as they are then. In place of a loss `data` are a text or model inputs for a model of transformers. `models`
+    and `config` are as in `search`. `told` hears of the mean loss of every epoch. `out` is a folder for the result.
+
+    Raises RecipeError where the recipe leaves no weights open or something else, InputError where models or data cannot
+    be read, UsageError where the loss gives no gradient, StoppedError where it is not finite.
+    """
+    from mergekit_lite.evaluate.learn import Learning, keep
+    from mergekit_lite.evaluate.loss import FunctionLoss
+    from mergekit_lite.evaluate.template import Template
+    from mergekit_lite.evaluate.weights import open_step
+
+    if (loss is None) == (data is None):
+        raise UsageError("weights are learned by a loss or from data", hint="give one of `loss` and `data`")
+    count = threads or default_threads()
+    template = recipe if isinstance(recipe, Template) else Template(recipe)
+    opened = open_step(template)
+    make = planner(offline=offline, allow_pickle=allow_pickle, threads=count, models=models, config=config)
+    with _ingredients(template.first, opened, make, models, count) as ingredients, ExitStack() as stack:
+        if data is not None:
+            from mergekit_lite.calibrate.learn import network_loss
+            from mergekit_lite.calibrate.measure import device_memory, limited_threads
+
+            stack.enter_context(limited_threads(count))
+            stack.enter_context(device_memory())
+            network = network_loss(ingredients, opened, data)
+            learning = Learning(template, opened, ingredients, network, network.per_step)
+        else:
+            assert loss is not None
+            function = FunctionLoss(loss, batches, ingredients.empty(), ingredients.others(), also)
+            learning = Learning(template, opened, ingredients, function)
+        found = learning.run(told)
+    if out is not None:
+        keep(Path(out), found)
+    return found
+
+
+@contextmanager
+def _ingredients(
+    recipe: Recipe,
+    opened: Open,
+    make: Callable[[Recipe, Path | None], Plan],
+    models: Mapping[str, Mapping[str, Tensor]] | None,
+    threads: int,
+) -> Iterator[Ingredients]:
+    """The inputs of the step that is open, ready to be read."""
+    from mergekit_lite.evaluate.ingredients import Ingredients, apart, plain
+    from mergekit_lite.run.inputs import inputs_of
+    from mergekit_lite.run.start import check_tied
+
+    make(recipe, Path("trial"))  # for its faults, those of its save too
+    merged = make(plain(recipe, opened.step), None)
+    each = make(apart(recipe, opened.step), None)
+    base = opened.factor is not None
+    if models is not None:
+        from mergekit_lite.checkpoint.memory import MemoryReader
+
+        yield Ingredients(merged, each, base, MemoryReader(models), threads)
+        return
+    with inputs_of(each, threads) as reader:
+        reader.check()
+        check_tied(each, reader)
+        yield Ingredients(merged, each, base, reader, threads)
+
+
 def planner(
     *,
     offline: bool = False,
@@ -307,10 +397,10 @@ def planner(
     threads: int | None = None,
     models: Mapping[str, Mapping[str, Tensor]] | None = None,
     config: Mapping[str, Any] | None = None,
-) -> Callable[[Recipe, Path], Plan]:
+) -> Callable[[Recipe, Path | None], Plan]:
     """What plans recipes over the same models, one after the other: their headers are read once. With `models`, state
     dicts by name, nothing is read. Plans are for trials: nobody keeps their output, whose shards do not name the
-    recipe. It raises what `plan` raises."""
+    recipe. It raises what `plan` raises. Of a recipe for a folder the first save is planned, else all of them."""
     from mergekit_lite.plan.build import build_plan, used_models
     from mergekit_lite.plan.order import BLOCK
     from mergekit_lite.run.inputs import with_beside
@@ -328,9 +418,9 @@ def planner(
                 known[model] = with_beside(open_models(recipe, [name], offline, allow_pickle)[name])
         return known[model]
 
-    def make(recipe: Recipe, folder: Path) -> Plan:
-        save = replace(recipe.saves[0], push=None)
-        recipe = replace(recipe, saves=(save,))
+    def make(recipe: Recipe, folder: Path | None) -> Plan:
+        saves = tuple(replace(save, push=None) for save in recipe.saves)
+        recipe = replace(recipe, saves=saves if folder is None else saves[:1])
         checkpoints = {name: opened(recipe, name) for name in used_models(recipe)}
         count = threads or default_threads()
         return build_plan(

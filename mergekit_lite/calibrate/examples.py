@@ -81,7 +81,7 @@ def paired(logits: Tensor, known: Tensor | None, shift: bool) -> tuple[Tensor, T
     language models. Positions whose label is -100 are left out; without labels all remain."""
     if known is None:
         return logits.reshape(-1, logits.shape[-1]), None
-    if shift and logits.dim() == 3:
+    if shift and logits.dim() == 3 and known.dim() == 2:
         logits, known = logits[:, :-1], known[:, 1:]
     if logits.shape[:-1] != known.shape:
         raise InputError(

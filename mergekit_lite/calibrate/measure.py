@@ -15,7 +15,7 @@ from mergekit_lite.calibrate.file import FORMAT, StatisticsFile, check_free, new
 from mergekit_lite.calibrate.fisher import check_labels
 from mergekit_lite.calibrate.layers import Key, find_layers
 from mergekit_lite.calibrate.memory import Need, free_memory, need, positions
-from mergekit_lite.calibrate.model import check_loadable, check_predicts, load, skeleton
+from mergekit_lite.calibrate.model import Loaded, check_loadable, check_predicts, load, skeleton
 from mergekit_lite.calibrate.names import Gram, gram_names, renamed, stored_names
 from mergekit_lite.errors import StoppedError, UsageError
 from mergekit_lite.lazy import Tensor, torch
@@ -66,8 +66,7 @@ class Measurement:
 
         check_kinds(settings.kinds)
         check_labels(settings.labels)
-        if (settings.text is None) == (settings.data is None):
-            raise UsageError("data come from `--text` or from `--data`", hint="give one of the two")
+        check_given(settings)
         check_free(out)
         self._settings, self._location, self._out = settings, location, out
         self._device = find_device(settings.device)
@@ -81,7 +80,8 @@ class Measurement:
             check_predicts(frame)
         self._memory(frame, settings.examples or 1, settings.block or BLOCK)  # before the weights are read
         self._loaded = load(self._checkpoint, location, self._device, settings.device_map)
-        self.data = self._data()
+        assert self._folder is not None
+        self.data = read_data(self._loaded, location, self._folder, settings)
         network = self._loaded.network
         self._layers = find_layers(network)
         self._names = stored_names(network, self._shapes)
@@ -127,22 +127,6 @@ class Measurement:
             for gram in gram_names(find_layers(network), stored_names(network, self._shapes), self._shapes):
                 found.setdefault(gram.key, []).append(gram)
         return found
-
-    def _data(self) -> Data:
-        settings = self._settings
-        if settings.data is not None:
-            return from_file(self._loaded, settings.data, settings.examples, settings.seed)
-        assert settings.text is not None and self._folder is not None
-        return from_text(
-            self._loaded,
-            self._location,
-            self._folder,
-            settings.text,
-            settings.block,
-            settings.lines,
-            settings.examples,
-            settings.seed,
-        )
 
     def _pass(self, kinds: Sequence[str], part: int = 0) -> Pass:
         return Pass(
@@ -265,6 +249,29 @@ class Measurement:
             "versions": json.dumps(versions),
         }
         return {key: str(value) for key, value in said.items()}
+
+
+def check_given(settings: Settings) -> None:
+    """Raises UsageError where there are no data, or two."""
+    if (settings.text is None) == (settings.data is None):
+        raise UsageError("data come from `--text` or from `--data`", hint="give one of the two")
+
+
+def read_data(loaded: Loaded, location: str, folder: Path, settings: Settings) -> Data:
+    """The data that the settings name, for the model at `location`. Raises as `from_file` and `from_text`."""
+    if settings.data is not None:
+        return from_file(loaded, settings.data, settings.examples, settings.seed)
+    assert settings.text is not None
+    return from_text(
+        loaded,
+        location,
+        folder,
+        settings.text,
+        settings.block,
+        settings.lines,
+        settings.examples,
+        settings.seed,
+    )
 
 
 @contextmanager

@@ -136,3 +136,40 @@ def gram_names(layers: Layers, names: Names, stored: Shapes) -> Iterator[Gram]:
             shape, transposed = stored[name], key[0] in turned
             if len(shape) == 2 and shape[0 if transposed else 1] == inner:
                 yield Gram(name, key, inner, transposed)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a stored tensor lies in a network: rows [start, stop) of one of its tensors, of the expert `expert` of it
+    where that is not -1. `whole` where it is all of it."""
+
+    tensor: str
+    expert: int
+    start: int
+    stop: int
+    whole: bool
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of `tensor`, in its memory."""
+        if self.whole:
+            return tensor
+        return (tensor if self.expert < 0 else tensor[self.expert])[self.start : self.stop]
+
+
+def places(network: Module, stored: Shapes) -> dict[str, Place]:
+    """Where stored tensors lie in a network of transformers, as far as each is neighbouring rows of one tensor."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    numbered = list(shapes)
+    probes = {name: _probe(shapes[name], number) for number, name in enumerate(numbered)}
+    found = {}
+    for name, probe in renamed(network, probes, stored).items():
+        origin = _origin(probe, numbered, shapes)
+        if origin is None:
+            continue
+        (held, expert), complete = origin
+        rows = probe.flatten() % _EXPERT
+        if complete and (expert < 0 or shapes[held][0] == 1):
+            found[name] = Place(held, expert, 0, len(rows), True)
+        elif int(rows[-1]) - int(rows[0]) == len(rows) - 1 and bool((rows.diff() == 1).all()):
+            found[name] = Place(held, expert, int(rows[0]), int(rows[-1]) + 1, False)
+    return found

@@ -82,6 +82,24 @@ Sandbox = Annotated[
 Offline = Annotated[bool, typer.Option("--offline", help="Use what is on this machine; never ask the Hub.")]
 
 
+Text = Annotated[
+    Path | None, typer.Option("--text", metavar="FILE", help="A text, in blocks of tokens.", show_default=False)
+]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="FILE", help="Model inputs by name, .safetensors or .npz.", show_default=False),
+]
+TokenBlock = Annotated[
+    int | None,
+    typer.Option("--block", metavar="N", min=2, help="Tokens of an example; 512 if left out.", show_default=False),
+]
+Lines = Annotated[bool, typer.Option("--lines", help="Each line of the text is an example, such as a prompt.")]
+Examples = Annotated[
+    int | None,
+    typer.Option("--examples", metavar="N", min=1, help="Draw this many; all if left out.", show_default=False),
+]
+
+
 class Source(str, Enum):
     """What `--fetch` does with models on the Hub."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,9 +35,21 @@ class Sampler(str, Enum):
 def search(
     recipe: options.Recipe,
     trials: Annotated[
-        int, typer.Option("--trials", metavar="N", min=1, help="Trials of the study, those of earlier runs included.")
-    ] = 50,
-    jobs: Annotated[int, typer.Option("--jobs", metavar="N", min=1, help="Scores that are measured at a time.")] = 1,
+        int | None,
+        typer.Option(
+            "--trials",
+            metavar="N",
+            min=1,
+            help="Trials of the study, those of earlier runs included; 50 if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs", metavar="N", min=1, help="Scores that are measured at a time; 1 if left out.", show_default=False
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="The study's folder; RECIPE.search if left out.", show_default=False),
@@ -66,6 +79,20 @@ def search(
         float | None,
         typer.Option("--timeout", metavar="S", min=0, help="Seconds for one score at most.", show_default=False),
     ] = None,
+    text: options.Text = None,
+    data: options.Data = None,
+    block: options.TokenBlock = None,
+    lines: options.Lines = False,
+    examples: options.Examples = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="NAME",
+            help="Where the loss of data is worked out; cpu if left out.",
+            show_default=False,
+        ),
+    ] = None,
     set: options.Set = None,
     threads: options.Threads = None,
     device: options.Device = "cpu",
@@ -78,6 +105,9 @@ def search(
     Holes: {search: [0, 1]}, {choice: [a, b]} for any value, of: {greedy: [a, b, c]} for a greedy soup. The score
     stands in the recipe: a program that prints a number, or JSON, for the merge in {model}. The study is kept in a
     folder: the same command goes on with it, on several machines at once if they share the folder.
+
+    Weights of: {learned: [a, b, c]} are learned from --text or --data by the gradient of a loss: learned soups, and
+    AdaMerging with task_arithmetic. The model is loaded with transformers: pip install 'mergekit_lite[calibrate]'.
     """
     from mergekit_lite import merge
     from mergekit_lite.evaluate import search as driver
@@ -85,6 +115,22 @@ def search(
 
     template = Template(recipe, set or (), _given(score, metric, goal, timeout))
     folder = out or Path(f"{Path(recipe).stem}.search")
+    read: dict[str, object] = {
+        "--text": text,
+        "--data": data,
+        "--block": block,
+        "--lines": lines or None,
+        "--examples": examples,
+    }
+    read["--device"] = device
+    if template.learned is not None:
+        from mergekit_lite.cli.learn import learn
+
+        _refuse({"--trials": trials, "--jobs": jobs, "--sampler": sampler}, "weights are learned, without trials")
+        learn(template, folder, text, data, block, lines, examples, device, threads, offline, allow_pickle, json)
+        return
+    _refuse(read, "a score takes no data; weights that are learned do, `of: {learned: [a, b]}`")
+    trials, jobs = trials or 50, jobs or 1
     count = driver.how_many(template, trials)
     with bar.counting("trials", count) as advance:
 
@@ -113,6 +159,13 @@ def search(
         show.line(f"wrote {folder / driver.BEST} · `merge run {folder / driver.BEST}` makes it")
     elif found.best:
         show.line(f"wrote {folder / driver.FRONT} · {show.count(len(found.best), 'recipe')}, none better in all scores")
+
+
+def _refuse(given: Mapping[str, object], why: str) -> None:
+    """Raises UsageError for the first option that is given where it means nothing."""
+    option = next((name for name, value in given.items() if value is not None), None)
+    if option is not None:
+        raise UsageError(f"`{option}` does not go with this recipe", hint=why)
 
 
 def _given(score: str | None, metric: str | None, goal: Goal | None, timeout: float | None) -> tuple[Scoring, ...]:

@@ -38,13 +38,8 @@ def stats(
         Path,
         typer.Option("--out", metavar="DIR", help="A new folder; each kind is a file in it.", show_default=False),
     ],
-    text: Annotated[
-        Path | None, typer.Option("--text", metavar="FILE", help="A text, in blocks of tokens.", show_default=False)
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", metavar="FILE", help="Model inputs by name, .safetensors or .npz.", show_default=False),
-    ] = None,
+    text: options.Text = None,
+    data: options.Data = None,
     collect: Annotated[
         str,
         typer.Option(
@@ -53,17 +48,9 @@ def stats(
             help="What to gather: gram, fisher, gradient, router, activations, hidden, confidence.",
         ),
     ] = "gram",
-    block: Annotated[
-        int | None,
-        typer.Option("--block", metavar="N", min=2, help="Tokens of an example; 512 if left out.", show_default=False),
-    ] = None,
-    lines: Annotated[
-        bool, typer.Option("--lines", help="Each line of the text is an example, such as a prompt.")
-    ] = False,
-    examples: Annotated[
-        int | None,
-        typer.Option("--examples", metavar="N", min=1, help="Draw this many; all if left out.", show_default=False),
-    ] = None,
+    block: options.TokenBlock = None,
+    lines: options.Lines = False,
+    examples: options.Examples = None,
     labels: Annotated[
         Labels, typer.Option("--labels", help="Fisher over all classes, or over labels drawn from the model.")
     ] = Labels.auto,

@@ -37,8 +37,12 @@ class Found:
 
 
 def check(template: Template, sampler: str | None, by_command: bool) -> None:
-    """Raises RecipeError where nothing says how good a merge is, or a greedy soup is to be found by several scores, and
-    UsageError where a command names no model or the sampler does not fit."""
+    """Raises RecipeError where nothing says how good a merge is, where weights are to be learned, which no score does,
+    or a greedy soup is to be found by several scores, and UsageError where a command names no model or the sampler does
+    not fit."""
+    if template.learned is not None:
+        hint = "`merge search RECIPE --text FILE` or `--data FILE`; in Python `mergekit_lite.learn`"
+        raise RecipeError(Problem("weights are learned from data, not by a score", template.learned.mark, hint))
     if not template.scores:
         hint = '`score: {command: "python score.py {model}", goal: max}` in the recipe, or `--score`'
         raise RecipeError(Problem(f"`{template.file}` does not say how good a merge is", None, hint))
@@ -158,20 +162,20 @@ def _one_line(text: str) -> str:
 def _keep(folder: Path, found: Found) -> None:
     """Write the best recipes and all trials beside the study. Raises StoppedError where the disk refuses."""
     try:
-        _replace(folder / TRIALS, json.dumps([asdict(trial) for trial in found.trials], indent=1) + "\n")
+        replace_file(folder / TRIALS, json.dumps([asdict(trial) for trial in found.trials], indent=1) + "\n")
         if len(found.texts) == 1:
-            _replace(folder / BEST, found.texts[0])
+            replace_file(folder / BEST, found.texts[0])
         elif found.texts:
             (folder / FRONT).mkdir(exist_ok=True)
             for old in (folder / FRONT).glob("trial-*.yaml"):
                 old.unlink()
             for trial, text in zip(found.best, found.texts, strict=True):
-                _replace(folder / FRONT / f"trial-{trial.number:04d}.yaml", text)
+                replace_file(folder / FRONT / f"trial-{trial.number:04d}.yaml", text)
     except OSError as fault:
         raise StoppedError(f"cannot write into `{folder}`: {fault.strerror}", hint=hint_for(fault)) from fault
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Write a file so that nobody ever sees a part of it."""
     new = path.with_name(path.name + ".new")
     new.write_text(text, encoding="utf-8")

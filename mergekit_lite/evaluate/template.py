@@ -59,21 +59,29 @@ class Template:
         """The hole that a greedy soup fills, where it is one."""
         return next((hole for hole in self.holes if hole.kind == "greedy"), None)
 
+    @property
+    def learned(self) -> Hole | None:
+        """The hole whose weights are learned from data, where it is one."""
+        return next((hole for hole in self.holes if hole.kind == "learned"), None)
+
     def _check_kinds(self) -> None:
         if not self.holes:
             hint = "for example `t: {search: [0, 1]}`, `density: {choice: [0.2, 0.5]}` or `of: {greedy: [a, b, c]}`"
             raise RecipeError(Problem(f"`{self.file}` has nothing to search", None, hint))
-        if self.greedy is not None and len(self.holes) > 1:
-            other = next(hole for hole in self.holes if hole is not self.greedy)
+        alone = self.greedy or self.learned
+        if alone is not None and len(self.holes) > 1:
+            other = next(hole for hole in self.holes if hole is not alone)
             hint = "search the other values first, and write them into the recipe"
-            raise RecipeError(Problem("a greedy soup is searched by itself", other.mark, hint))
+            greedy = alone.kind == "greedy"
+            what = "a greedy soup is searched by itself" if greedy else "weights are learned with no other hole beside"
+            raise RecipeError(Problem(what, other.mark, hint))
 
     def _check_ends(self) -> None:
         """Raises RecipeError where a value that a hole may have is none that its setting takes. What does not go
         together with the others' first values may go with their other ones, and is left to the trials."""
         problems: dict[Any, Problem] = {}
         for hole in self.holes:
-            if hole.kind == "greedy":
+            if hole.kind in ("greedy", "learned"):
                 continue
             others = [_end(other, 0) for other in self.holes if other is not hole]
             for number in range(1, len(hole.ends())):
@@ -95,6 +103,6 @@ class Template:
 
 def _end(hole: Hole, number: int) -> str:
     """The setting that fills a hole with one of its ends."""
-    if hole.kind == "greedy":
+    if hole.kind in ("greedy", "learned"):
         return setting(hole.path, list(hole.values))
     return setting(hole.path, hole.ends()[number])

@@ -3,6 +3,7 @@
     {search: [0, 1]}                 a number between two; `step: 0.1` puts it on a grid, `log: true` on a log scale
     {choice: [ties, dare_ties]}      one of these values, whatever they are
     of: {greedy: [a, b, c]}          those inputs that a greedy soup takes
+    of: {learned: [a, b, c]}         these inputs, with weights that are learned from data
 
 A hole is filled like a setting of the command line (`--set PATH=VALUE`), so that a filled recipe can be had by hand.
 """
@@ -17,28 +18,34 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mergekit_lite.errors import Mark, Problem
+from mergekit_lite.recipe import learned
+from mergekit_lite.recipe.learned import Learning, read_learning
 from mergekit_lite.recipe.node import ListNode, MapNode, Node, ScalarNode, describe
 
-Kind = Literal["search", "choice", "greedy"]
+Kind = Literal["search", "choice", "greedy", "learned"]
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "search": ("search", "step", "log"),
     "choice": ("choice",),
     "greedy": ("greedy", "accept"),
+    "learned": learned.KEYS,
 }
 ACCEPT = ("ge", "gt")
 _EXAMPLES = {
     "search": "for example `{search: [0, 1]}`, `{search: [1, 8], step: 1}` or `{search: [1e-4, 1], log: true}`",
     "choice": "for example `{choice: [0.2, 0.5]}`",
     "greedy": "for example `of: {greedy: [a, b, c], accept: gt}`",
+    "learned": learned.EXAMPLE,
 }
+_BY = {"learned": "from data (`--text`, `--data`)"}
 _BARE = re.compile(r"[^\s.\"=]+")
 
 
 @dataclass(frozen=True, slots=True)
 class Hole:
     """A value to be found. `path` is where it stands, as `--set` writes it. Of `search`, `low`, `high` and `step` are
-    whole numbers only where all of them are and there is a step; `values` are those to choose among, of `greedy` the
-    names of the inputs; `accept` tells whether an input that leaves the score as it is goes in (`ge`) or not (`gt`)."""
+    whole numbers only where all of them are and there is a step; `values` are those to choose among, of `greedy` and
+    `learned` the names of the inputs; `accept` tells whether an input that leaves the score as it is goes in (`ge`) or
+    not (`gt`), `learning` how weights are learned."""
 
     path: str
     kind: Kind
@@ -49,6 +56,7 @@ class Hole:
     log: bool = False
     values: tuple[Any, ...] = ()
     accept: str = ACCEPT[0]
+    learning: Learning | None = None
 
     def ends(self) -> list[Any]:
         """Values at which a fault of the setting would show: both ends, or all choices."""
@@ -59,7 +67,7 @@ def points(hole: Hole) -> tuple[Any, ...] | None:
     """All values that a hole may have; None where they are endless."""
     if hole.kind == "choice":
         return hole.values
-    if hole.kind == "greedy" or hole.step is None:
+    if hole.kind in ("greedy", "learned") or hole.step is None:
         return None
     return tuple(hole.low + i * hole.step for i in range(1 + int((hole.high - hole.low) / hole.step + 1e-9)))
 
@@ -75,7 +83,7 @@ def unfilled(holes: Sequence[Hole]) -> list[Problem]:
         Problem(
             f"`{hole.path}` is to be found by a search",
             hole.mark,
-            f"`merge search` fills it by a score; by hand: `--set '{hole.path}=VALUE'`",
+            f"`merge search` fills it {_BY.get(hole.kind, 'by a score')}; by hand: `--set '{hole.path}=VALUE'`",
         )
         for hole in holes
     ]
@@ -105,12 +113,12 @@ def _kind(node: MapNode, above: tuple[str, ...]) -> Kind | None:
     """What kind of hole a mapping is. A model or a step may be called `search`, a setting not."""
     if len(above) < 2 and above[:1] != ("seed",):
         return None
-    kinds: tuple[Kind, ...] = ("search", "choice", "greedy")
+    kinds: tuple[Kind, ...] = ("search", "choice", "greedy", "learned")
     for kind in kinds:
         entry = node.entries.get(kind)
         if entry is None or isinstance(entry.value, MapNode):
             continue
-        if kind == "greedy":
+        if kind in ("greedy", "learned"):
             if above[-1] == "of":
                 return kind
         elif isinstance(entry.value, ListNode) or above[-1] not in ("of", "models", "steps"):
@@ -140,6 +148,9 @@ def _hole(node: MapNode, kind: Kind, above: tuple[str, ...], problems: list[Prob
         if twice is not None:
             problems.append(Problem("this choice is listed twice", items.items[twice].mark, "remove one of them"))
         hole = Hole(path, kind, node.mark, values=values)
+    elif kind == "learned":
+        learning, names = read_learning(node, items, problems)
+        hole = Hole(path, kind, node.mark, values=names, learning=learning)
     else:
         hole = _greedy(node, path, items, problems)
     return hole if len(problems) == before else None

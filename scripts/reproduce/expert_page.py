@@ -21,9 +21,9 @@ Random groups are those of statistics that say nothing of the network, with unif
 matched the specification does not say. *Keep dominants* is `mode: prune`, with the router's rows of the experts that
 are kept, or, under `alias`, with every row.
 
-MC-SMoE decomposes merged experts because their stable rank |W|_F^2 / |W|_2^2 is said to fall. Its mean over the matrices
-of all experts that are left; *pruned* are the dominant experts as they were, so that the step from there to *merged* is
-what merging itself does:
+MC-SMoE decomposes merged experts because their stable rank |W|_F^2 / |W|_2^2 is said to fall. Its mean over the
+matrices of all experts that are left; *pruned* are the dominant experts as they were, so that the step from there to
+*merged* is what merging itself does:
 
 {ranks}
 
