@@ -22,7 +22,7 @@ def learn(
     block: int | None,
     lines: bool,
     examples: int | None,
-    device: str | None,
+    device: str,
     threads: int | None,
     offline: bool,
     allow_pickle: bool,
@@ -41,7 +41,7 @@ def learn(
         lines=lines,
         examples=examples,
         seed=template.first.seed,
-        device=device or "cpu",
+        device=device,
         threads=threads or merge.default_threads(),
         offline=offline,
     )

@@ -84,15 +84,6 @@ def search(
     block: options.TokenBlock = None,
     lines: options.Lines = False,
     examples: options.Examples = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            "--device",
-            metavar="NAME",
-            help="Where the loss of data is worked out; cpu if left out.",
-            show_default=False,
-        ),
-    ] = None,
     set: options.Set = None,
     threads: options.Threads = None,
     device: options.Device = "cpu",
@@ -122,7 +113,6 @@ def search(
         "--lines": lines or None,
         "--examples": examples,
     }
-    read["--device"] = device
     if template.learned is not None:
         from mergekit_lite.cli.learn import learn
 
