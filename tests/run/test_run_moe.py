@@ -308,4 +308,4 @@ def test_merge_stats_makes_the_hidden_states_of_gates(dense: Any, tmp_path: Path
 
 
 def test_every_style_that_can_be_named_is_known() -> None:
-    assert tuple(STYLES) == NAMED
+    assert ("auto", *STYLES) == NAMED
