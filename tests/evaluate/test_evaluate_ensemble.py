@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,9 @@ from mergekit_lite.errors import UsageError
 from mergekit_lite.evaluate.ensemble import accuracy, cascade, ensemble
 from mergekit_lite.evaluate.frechet import frechet_mean, frechet_risk
 from mergekit_lite.evaluate.samples import flips
+
+CASES = json.loads((Path(__file__).parents[1] / "oracles.json").read_text(encoding="utf-8"))["cases"]
+ORACLES = {case["id"]: case for case in CASES}
 
 
 def shares(seed: int, models: int, samples: int, classes: int) -> tuple[list[np.ndarray], np.ndarray]:
@@ -112,3 +117,11 @@ def test_flips_are_counted_against_both_ends() -> None:
     assert flips(first, last, merged) == (5 / 22, 5 / 22)
     assert flips(first, last, first) == (0, 0)
     assert flips(first[:1], last[:1], np.array([True])) == (1, 0)
+
+
+def test_the_frechet_mean_is_the_oracles() -> None:
+    case = ORACLES["frechet/three_labels"]
+    given, expected = case["inputs"], case["expected"]
+    p, d = (np.array(given[name]["data"]).reshape(given[name]["shape"]) for name in ("probs", "distance"))
+    assert np.allclose(frechet_risk(p[None], d)[0], expected["scores"]["data"], rtol=0, atol=case["atol"])
+    assert frechet_mean(p[None], d)[0] == expected["argmin"] != p.argmax() == expected["argmax_of_probs"]

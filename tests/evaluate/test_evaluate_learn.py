@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from mergekit_lite import merge
 from mergekit_lite.errors import UsageError
 from mergekit_lite.evaluate.loss import FunctionLoss
 from mergekit_lite.evaluate.template import Template
-from mergekit_lite.evaluate.weights import Weights, open_step
+from mergekit_lite.evaluate.weights import Weights, of_value, open_step
 from mergekit_lite.family.family import family_of
+
+CASES = json.loads((Path(__file__).parents[1] / "oracles.json").read_text(encoding="utf-8"))["cases"]
+ORACLES = {case["id"]: case for case in CASES}
 
 
 def by_autograd(raw: Tensor, groups: Mapping[str, list[str]], models: Models, loss: Any, soup: bool) -> Tensor:
@@ -187,3 +191,24 @@ def test_inputs_may_be_steps(models: Models, write: Write) -> None:
     found = mergekit_lite.learn(write(step, steps=steps), labelled, models=models)
     assert found.after < found.before
     assert float(labelled(mergekit_lite.merge_in_memory(found.recipe, models))) == pytest.approx(found.after, rel=1e-12)
+
+
+def test_a_softmax_of_weights_is_the_oracles_mix(tmp_path: Path) -> None:
+    """From the free numbers of the weights to the recipe that comes out, and its merge."""
+    case = ORACLES["learned_soup/softmax_mix"]
+    given, expected = case["inputs"], case["expected"]
+    models = {f"m{i}": {"w": torch.tensor(m["data"], dtype=torch.float64)} for i, m in enumerate(given["models"])}
+    path = tmp_path / "soup.yaml"
+    places = ", ".join(f"{name}: ./{name}" for name in models)
+    text = f"version: 1\ncompute: float64\nmodels: {{{places}}}\nsteps: {{s: {{use: linear, of: OF}}}}\n"
+    path.write_text(text.replace("OF", f"{{learned: [{', '.join(models)}]}}"), encoding="utf-8")
+    weights = Weights(open_step(Template(path)), ["w"], family_of({}, ["w"], {}))
+    weights.raw = torch.tensor([given["alpha_raw"]["data"]], dtype=torch.float64)
+    (shares,) = weights.written().values()
+    assert shares == pytest.approx(expected["weights"]["data"], rel=0, abs=case["atol"])
+    of = json.dumps(of_value(list(models), weights.written(), 1 / len(models)))
+    path.write_text(text.replace("OF", of), encoding="utf-8")
+    mixed = mergekit_lite.merge_in_memory(mergekit_lite.load_recipe(path), models)["w"]
+    assert torch.allclose(
+        mixed, torch.tensor(expected["theta"]["data"], dtype=torch.float64), rtol=0, atol=case["atol"]
+    )
