@@ -12,6 +12,7 @@ score, `learn` for weights that are learned, `collect` for the statistics of a n
 import mergekit_lite.plan
 import mergekit_lite.run
 from mergekit_lite.calibrate.collect import Statistics, collect
+from mergekit_lite.choose import learn, search
 from mergekit_lite.errors import (
     InputError,
     InterruptedRun,
@@ -22,7 +23,7 @@ from mergekit_lite.errors import (
     StoppedError,
     UsageError,
 )
-from mergekit_lite.merge import Result, learn, load_recipe, merge_in_memory, plan, run, search
+from mergekit_lite.merge import Result, load_recipe, merge_in_memory, plan, run
 
 del mergekit_lite  # the name that the imports of the folders leave behind
 

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "mergekit_lite"
 ORDER = [
     {"__main__", "__init__"},
     {"cli"},
+    {"choose"},
     {"merge"},
     {"calibrate"},
     {"publish", "report", "evaluate"},

@@ -29,7 +29,7 @@ def learn(
     json: bool,
 ) -> None:
     """Learn what `template` leaves open, tell of it and write it into `folder`."""
-    from mergekit_lite import merge
+    from mergekit_lite import choose, merge
     from mergekit_lite.calibrate.measure import Settings, check_given
     from mergekit_lite.evaluate.search import BEST
 
@@ -49,7 +49,7 @@ def learn(
     hole = template.learned
     epochs = hole.learning.epochs if hole is not None and hole.learning is not None else None
     with bar.counting("epochs", epochs or 0) as advance:
-        found = merge.learn(
+        found = choose.learn(
             template,
             data=settings,
             out=folder,

@@ -127,7 +127,7 @@ def path(
     sample, those that the merge alone gets right (FFT) or wrong (TTF), and what both models give as an ensemble. Merges
     are written one over the other, and a known score is not measured again.
     """
-    from mergekit_lite import merge
+    from mergekit_lite import choose, merge
     from mergekit_lite.calibrate.layer_sharpness import Examples
     from mergekit_lite.cli import path_layers, path_show
     from mergekit_lite.evaluate.path import height, opened_line
@@ -147,7 +147,7 @@ def path(
     ts = [i / (points - 1) for i in range(points)]
     working = Options(threads or merge.default_threads())
     with _folder(out) as folder:
-        plan = merge.planner(offline=offline, threads=threads)
+        plan = choose.planner(offline=offline, threads=threads)
         first, second = _located(a), _located(b)
         if align is not None:
             with _unmarked():

@@ -100,7 +100,7 @@ def search(
     Weights of: {learned: [a, b, c]} are learned from --text or --data by the gradient of a loss: learned soups, and
     AdaMerging with task_arithmetic. The model is loaded with transformers: pip install 'mergekit_lite[calibrate]'.
     """
-    from mergekit_lite import merge
+    from mergekit_lite import choose
     from mergekit_lite.evaluate import search as driver
     from mergekit_lite.evaluate.template import Template
 
@@ -129,7 +129,7 @@ def search(
             if trial.state == "failed":
                 show.note(f"trial {trial.number} failed: {trial.why}", "yellow")
 
-        found = merge.search(
+        found = choose.search(
             template,
             out=folder,
             trials=trials,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import functional_call
 
-from mergekit_lite import merge
+from mergekit_lite import choose
 from mergekit_lite.calibrate.learn import NetworkLoss, network_loss
 from mergekit_lite.calibrate.measure import Settings
 from mergekit_lite.cli.app import execute
@@ -102,7 +102,7 @@ def test_the_gradient_is_that_of_autograd_through_the_network(
     template = Template(recipe(kind, step, f", by: {by}", "compute: float64\n"))
     opened = open_step(template)
     soup = opened.factor is None
-    with merge._ingredients(template.first, opened, merge.planner(threads=1), None, 1) as ingredients:
+    with choose._ingredients(template.first, opened, choose.planner(threads=1), None, 1) as ingredients:
         settings = Settings((), text=models / "text.txt", block=12, examples=3)
         loss = network_loss(ingredients, opened, settings)
         donor = ingredients.plan.checkpoints["a"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import mergekit_lite
-from mergekit_lite import merge
+from mergekit_lite import choose
 from mergekit_lite.errors import UsageError
 from mergekit_lite.evaluate.loss import FunctionLoss
 from mergekit_lite.evaluate.template import Template
@@ -47,7 +47,7 @@ def test_the_gradient_is_that_of_autograd_through_the_mix(
 ) -> None:
     template = Template(write(STEPS[kind], f", by: {by}"))
     opened = open_step(template)
-    with merge._ingredients(template.first, opened, merge.planner(models=models), models, 2) as ingredients:
+    with choose._ingredients(template.first, opened, choose.planner(models=models), models, 2) as ingredients:
         weights = Weights(opened, list(ingredients.shapes), family_of({}, ingredients.shapes))
         assert len(weights.groups) == {"model": 1, "layer": 3, "tensor": 6}[by]
         objective = FunctionLoss(loss, None, ingredients.empty(), ingredients.others(), ())
@@ -80,8 +80,8 @@ def test_a_tied_tensor_has_the_gradient_of_both_its_uses(write: Write, tmp_path:
     config = {"model_type": "llama", "tie_word_embeddings": True, "num_hidden_layers": 1}
     template = Template(write(SOUP, ", by: layer"))
     opened = open_step(template)
-    make = merge.planner(models=models, config=config)
-    with merge._ingredients(template.first, opened, make, models, 1) as ingredients:
+    make = choose.planner(models=models, config=config)
+    with choose._ingredients(template.first, opened, make, models, 1) as ingredients:
         assert list(ingredients.shapes) == names
         weights = Weights(opened, names, family_of(config, names))
         objective = FunctionLoss(loss, None, ingredients.empty(), ingredients.others(), ())

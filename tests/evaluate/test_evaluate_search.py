@@ -115,7 +115,7 @@ def test_a_trial_below_the_middle_of_the_cheap_score_is_given_up(
 ) -> None:
     from dataclasses import replace
 
-    from mergekit_lite import merge
+    from mergekit_lite import choose
     from mergekit_lite.evaluate.judge import MemoryJudge
     from mergekit_lite.evaluate.search import search, stated
     from mergekit_lite.evaluate.template import Template
@@ -133,7 +133,7 @@ def test_a_trial_below_the_middle_of_the_cheap_score_is_given_up(
     full, cheap = stated(["full", "cheap"], "min")
     template = Template(recipe(INTERPOLATE), (), [replace(full, screen=cheap)])
     functions = {name: counted(name, near(models, 0.5)) for name in asked}
-    judge = MemoryJudge(merge.planner(models=models), Options(1), models, functions)
+    judge = MemoryJudge(choose.planner(models=models), Options(1), models, functions)
     found = search(template, judge, None, 30, 1, "random", lambda trial: None)
     states = [trial.state for trial in found.trials]
     assert asked == {"cheap": 30, "full": states.count("done")}

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from mergekit_lite import merge
+from mergekit_lite import choose, merge
 from mergekit_lite.run.progress import Options
 from mergekit_lite.run.trial import Made, TrialFolder, TrialTensors
 
@@ -78,7 +78,7 @@ def test_one_trial_after_the_other_gives_the_bytes_of_runs(
     folder = tmp_path_factory.mktemp("trials")
     place = TrialFolder(folder / "model")
     memory = TrialTensors()
-    make = merge.planner(threads=threads)
+    make = choose.planner(threads=threads)
     for number, (kind, weight, dtype) in enumerate(steps):
         path = recipe(models, folder, kind, weight, dtype)
         wanted, config = alone(path, folder / f"run-{number}")
@@ -98,7 +98,7 @@ def test_one_trial_after_the_other_gives_the_bytes_of_runs(
 @pytest.fixture
 def write(models: Path, tmp_path: Path) -> Callable[..., Made]:
     place = TrialFolder(tmp_path / "model")
-    make = merge.planner(threads=1)
+    make = choose.planner(threads=1)
 
     def one(kind: str, weight: float, dtype: str = "float32") -> Made:
         path = recipe(models, tmp_path, kind, weight, dtype)
@@ -122,7 +122,7 @@ def test_a_statistic_over_all_tensors_is_taken_once_where_only_what_follows_chan
 
 
 def test_an_order_of_units_is_searched_once(write: Callable[..., Made], models: Path, tmp_path: Path) -> None:
-    place, make = TrialFolder(tmp_path / "t"), merge.planner(threads=1)
+    place, make = TrialFolder(tmp_path / "t"), choose.planner(threads=1)
     read = []
     for t in (0.25, 0.5):
         text = (
@@ -144,9 +144,9 @@ def test_a_model_that_changes_between_two_trials_is_read_again(
         tiny_checkpoint(tmp_path / name, seed=ord(name[0]))
     place = TrialFolder(tmp_path / "model")
     path = recipe(tmp_path, tmp_path, "linear", 0.5, "float32")
-    made = place.write(merge.planner(threads=1)(merge.load_recipe(path), place.path), Options(1))
+    made = place.write(choose.planner(threads=1)(merge.load_recipe(path), place.path), Options(1))
     tiny_checkpoint(tmp_path / "a", seed=99)
-    again = place.write(merge.planner(threads=1)(merge.load_recipe(path), place.path), Options(1))
+    again = place.write(choose.planner(threads=1)(merge.load_recipe(path), place.path), Options(1))
     wanted, _ = alone(path, tmp_path / "alone")
     assert again.tensors == made.all_tensors
     assert all(torch.equal(t, wanted[name]) for name, t in load_file(place.path / "model.safetensors").items())
@@ -155,7 +155,7 @@ def test_a_model_that_changes_between_two_trials_is_read_again(
 def test_what_a_failed_trial_left_is_not_taken_for_whole(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, make = TrialFolder(tmp_path / "model"), merge.planner(threads=1)
+    place, make = TrialFolder(tmp_path / "model"), choose.planner(threads=1)
     path = recipe(models, tmp_path, "linear", 0.5, "float32")
     place.write(make(merge.load_recipe(path), place.path), Options(1))
 
