@@ -11,11 +11,12 @@ from typing import Any
 
 from mergekit_lite.errors import Mark, Problem, RecipeError, StoppedError, UsageError
 from mergekit_lite.evaluate.greedy import greedy_soup
-from mergekit_lite.evaluate.judge import Judge, Judging, make_folder
+from mergekit_lite.evaluate.judge import Judge, Judging
 from mergekit_lite.evaluate.score import PLACE, Score
 from mergekit_lite.evaluate.study import Study, Trial, check_sampler
 from mergekit_lite.evaluate.tasks import choose, thresholds_of
 from mergekit_lite.evaluate.template import Template
+from mergekit_lite.evaluate.worker import make_folder
 from mergekit_lite.limits import hint_for
 from mergekit_lite.recipe.holes import Hole, setting
 from mergekit_lite.recipe.model import Recipe, Scoring
