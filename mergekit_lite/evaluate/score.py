@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mergekit_lite.errors import StoppedError, UsageError, suggest
+from mergekit_lite.errors import StoppedError, UsageError, did_you_mean
 from mergekit_lite.limits import hint_for
 
 PLACE = "{model}"
@@ -26,6 +26,7 @@ TASK = "{task}"  # of a mask store
 LAST_LINES = 5  # of what a failed command said
 LOOK = 0.05  # seconds between two looks at a command that is at work
 MOST = 1 << 24  # bytes that are read of what a command printed or wrote
+SHOWN = 8  # numbers that are named where the wanted one is not there
 TRIED = 100  # lines of what it printed, from the end, at which its JSON may begin
 
 
@@ -106,21 +107,23 @@ class Score:
         """The number in what the command printed or wrote: all of it, or the last of it that is JSON."""
         found = _json(printed)
         value = _at(found, self.metric.split(".") if self.metric else [])
-        named: dict[str, Any] = {}
-        if value is None and self.metric and isinstance(found, Mapping):
-            named = _in_results(found.get("results"))
-            value = _named(named, self.metric)
+        results = _in_results(found.get("results")) if isinstance(found, Mapping) else {}
+        if value is None and self.metric:
+            value = _named(results, self.metric)
         with contextlib.suppress(OverflowError):
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
                 return float(value)
         what = f"no number `{self.metric}`" if self.metric else "no number"
+        known = list(results or _numbers(found))
+        if not known:
+            end = repr(printed.strip()[-200:]) if printed.strip() else "nothing at all"
+            raise ScoreFailed(f"the score command {how} {what}: {end}")
+        wanted = self.metric or ""
+        alike = [name for name in known if wanted and name.partition(",")[0] == wanted]
+        near = list(filter(None, [did_you_mean(wanted, known)]))
+        shown = ", ".join(f"`{name}`" for name in (alike or near or known)[:SHOWN])
         hint = "name the number in its JSON with `--metric a.b`, in a recipe with `metric: a.b`"
-        if named and self.metric:
-            alike = sorted(name for name in named if name.partition(",")[0] == self.metric)
-            hint = f"there are {', '.join(f'`{name}`' for name in alike)}" if alike else ""
-            hint = hint or suggest(self.metric, list(named)) or f"there is `{next(iter(named))}`"
-        end = repr(printed.strip()[-200:]) if printed.strip() else "nothing at all"
-        raise ScoreFailed(f"the score command {how} {what}: {end}", hint=hint if isinstance(found, Mapping) else None)
+        raise ScoreFailed(f"the score command {how} {what}, but {shown}", hint=hint)
 
 
 def _json(text: str) -> Any:
@@ -147,11 +150,24 @@ def _at(found: Any, parts: list[str]) -> Any:
 
 def _in_results(results: Any) -> dict[str, Any]:
     """All numbers in the results of lm-evaluation-harness, by `task.metric,filter`."""
-    found = {}
+    found: dict[str, Any] = {}
     for task, entry in results.items() if isinstance(results, Mapping) else ():
         if isinstance(entry, Mapping):
             found |= {f"{task}.{key}": value for key, value in entry.items() if isinstance(value, int | float)}
     return found
+
+
+def _numbers(found: Any) -> dict[str, Any]:
+    """The first numbers in what was printed, by their paths."""
+    paths: dict[str, Any] = {}
+    below = [("", found)]
+    while below and len(paths) < TRIED:
+        path, value = below.pop()
+        if isinstance(value, Mapping):
+            below += [(f"{path}.{key}" if path else str(key), one) for key, one in reversed(value.items())]
+        elif path and isinstance(value, int | float):
+            paths[path] = value
+    return paths
 
 
 def _named(numbers: Mapping[str, Any], metric: str) -> Any:
