@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,8 @@ def draw(
         panels = iter([figure.add_subplot(rows, min(count, COLUMNS), 1 + number) for number in range(count)])
         first = next(panels)
         _over_trials(first, trials, best, scores[0])
-        first.legend(fontsize=7, framealpha=0.6)
+        if first.get_legend_handles_labels()[1]:
+            first.legend(fontsize=7, framealpha=0.6)
         for score in scores[1:]:
             _over_trials(next(panels), trials, best, score)
         for pair in fronts:
@@ -69,7 +71,9 @@ def draw(
             _against(next(panels), done, best, path, scores[0].name, path in logs)
         _title(figure, trials, len(paths))
         file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of signs that a font lacks: the reader's fonts are used
+            figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue().decode("utf-8")
 
 
@@ -111,7 +115,9 @@ def _over_trials(panel: Axes, trials: Sequence[Trial], best: Sequence[Trial], sc
         numbers = [trial.number for trial in trials if trial.state == state]
         if numbers:
             edge = [0.03] * len(numbers)
-            marks = panel.scatter(numbers, edge, 16, color, marker, transform=panel.get_xaxis_transform(), label=state)
+            marks = panel.scatter(
+                numbers, edge, s=16, c=color, marker=marker, transform=panel.get_xaxis_transform(), label=state
+            )
             marks.set_gid(state.replace(" ", "-"))
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set_xlabel("trial")
@@ -161,7 +167,7 @@ def _against(panel: Axes, done: Sequence[Trial], best: Sequence[Trial], path: st
 def _points(panel: Axes, points: Sequence[tuple[float, float]], color: str, label: str) -> None:
     if points:
         x, y = zip(*points, strict=True)
-        marks = panel.scatter(x, y, 22 if color == BEST else 14, color, alpha=0.8, linewidths=0, label=label)
+        marks = panel.scatter(x, y, s=22 if color == BEST else 14, c=color, alpha=0.8, linewidths=0, label=label)
         marks.set_gid(label)
         if color == BEST:
             marks.set_zorder(3)

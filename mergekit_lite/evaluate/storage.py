@@ -27,13 +27,18 @@ def open_study(path: Path | None, scores: Sequence[Scoring]) -> optuna.Study:
     """The study in the file `path`, made where there is none; None: in memory. Raises StoppedError where the file is no
     study, or cannot be read and written."""
     import optuna
+    from sqlalchemy.pool import QueuePool
 
     storage = None
     if path is not None:
         _check(path)
-        # As an address of SQLite's, in which no sign of the path means anything.
-        url = f"sqlite:///file:{quote(os.path.abspath(path))}?uri=true"
-        storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": PATIENCE}})
+        # Not as an address: its signs may stand in the path, and releases of SQLAlchemy read them in different ways.
+        where = os.path.abspath(path)
+        how = {
+            "creator": lambda: sqlite3.connect(where, timeout=PATIENCE, check_same_thread=False),
+            "poolclass": QueuePool,  # that of files
+        }
+        storage = optuna.storages.RDBStorage("sqlite://", engine_kwargs=how)
     return optuna.create_study(
         storage=storage,
         study_name=NAME,
