@@ -27,7 +27,7 @@ from rich.console import Console
 import mergekit_lite
 
 SEEDS = (0, 1, 2)
-TRIALS = 60
+TRIALS = 40
 CACHE = Path("demo/eight_tasks")
 BEGIN, END = "<!-- made by scripts/search_digits.py -->", "<!-- end of what it made -->"
 # The recipes of one parameter: every value of the grid is tried.
@@ -73,7 +73,7 @@ SEARCHED: dict[str, Callable[[Sequence[str]], Steps]] = {
         "task_arithmetic", list(tasks), **{"lambda": by_layer(0.03, 1)}
     ),
     "task_arithmetic, weight by task": lambda tasks: merged(
-        "task_arithmetic", {task: {"weight": {"search": [0.0, 0.5]}} for task in tasks}
+        "task_arithmetic", {task: {"weight": {"search": [0.0, 0.5]}} for task in tasks}, **{"lambda": 1.0}
     ),
     "ties, density, lambda by layer": lambda tasks: merged(
         "ties", list(tasks), density={"search": [0.05, 1.0]}, **{"lambda": by_layer(0.05, 2)}
