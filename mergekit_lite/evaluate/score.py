@@ -164,7 +164,7 @@ def _numbers(found: Any) -> dict[str, Any]:
     while below and len(paths) < TRIED:
         path, value = below.pop()
         if isinstance(value, Mapping):
-            below += [(f"{path}.{key}" if path else str(key), one) for key, one in reversed(value.items())]
+            below += [(f"{path}.{key}" if path else str(key), one) for key, one in reversed(list(value.items()))]
         elif path and isinstance(value, int | float):
             paths[path] = value
     return paths
