@@ -147,8 +147,10 @@ def search(
     _table(template, found)
     if len(found.best) == 1:
         show.line(f"wrote {folder / driver.BEST} · `merge run {folder / driver.BEST}` makes it")
-    elif found.best:
+    else:
         show.line(f"wrote {folder / driver.FRONT} · {show.count(len(found.best), 'recipe')}, none better in all scores")
+    if (folder / driver.PICTURE).exists():
+        show.line(f"wrote {folder / driver.PICTURE}: all trials as a picture")
 
 
 def _refuse(given: Mapping[str, object], why: str) -> None:

@@ -82,7 +82,7 @@ class Book(Memo):
 def _entry(line: bytes) -> tuple[tuple[str, str], float] | None:
     try:
         found: Any = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(found, dict):
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import secrets
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mergekit_lite.errors import InterruptedRun, StoppedError
+from mergekit_lite.errors import InterruptedRun
 from mergekit_lite.evaluate.book import Book, Memo
-from mergekit_lite.evaluate.score import Score
-from mergekit_lite.limits import hint_for
+from mergekit_lite.evaluate.score import Score, ScoreFailed
+from mergekit_lite.evaluate.worker import make_folder, make_place, remove_place
 from mergekit_lite.plan.identity import Identities, result_digest
 from mergekit_lite.plan.model import Plan
 from mergekit_lite.recipe.model import Recipe, Scoring
@@ -157,20 +157,14 @@ class Judge:
 
     def close(self) -> None:
         """Remove the trials."""
-        for folder in [*self._tasks.values(), *self._free]:
-            folder.clear()
-            with contextlib.suppress(OSError):
-                folder.path.parent.rmdir()
-        for place in (self._work, self._work.parent):  # the latter may hold the trials of others
-            with contextlib.suppress(OSError):
-                place.rmdir()
+        remove_place(self._work)
 
 
 @contextlib.contextmanager
 def command_judge(plan: Planner, of_store: OfStore, options: Options, folder: Path, jobs: int) -> Iterator[Judge]:
     """A judge whose logs and scores are kept in a study's folder, and whose trials are removed at the end."""
-    work = folder / WORK / secrets.token_hex(4)  # others may be at work in the folder
     make_folder(folder / LOGS)
+    work = make_place(folder / WORK)
     judge = Judge(plan, of_store, options, work, folder / LOGS, Book(folder / SCORES), jobs)
     try:
         yield judge
@@ -216,7 +210,10 @@ class MemoryJudge:
             return tensors
 
         def one(scoring: Scoring, tensors: dict[str, Tensor]) -> float:
-            return float(self._functions[scoring.name](tensors))
+            value = float(self._functions[scoring.name](dict(tensors)))
+            if not math.isfinite(value):
+                raise ScoreFailed(f"`{scoring.name}` is {value}", hint="a score is a finite number")
+            return value
 
         yield Candidate(merged, make, one, self._book)
 
@@ -225,14 +222,6 @@ class MemoryJudge:
 
     def close(self) -> None:
         """Nothing to remove."""
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it. Raises StoppedError where the disk refuses."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as fault:
-        raise StoppedError(f"cannot make `{folder}`: {fault.strerror}", hint=hint_for(fault)) from fault
 
 
 def _file_name(name: str) -> str:

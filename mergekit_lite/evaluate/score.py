@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from mergekit_lite.errors import StoppedError, UsageError
+from mergekit_lite.errors import StoppedError, UsageError, did_you_mean
+from mergekit_lite.limits import hint_for
 
 PLACE = "{model}"
 FILES = "{out}"
@@ -26,6 +28,8 @@ LOOK = 0.05  # seconds between two looks at a command that is at work
 MOST = 1 << 24  # bytes that are read of what a command printed or wrote
 Taken = TypeVar("Taken")
 Take = Callable[[Any, Path | None], Taken]
+SHOWN = 8  # numbers that are named where the wanted one is not there
+TRIED = 100  # lines of what it printed, from the end, at which its JSON may begin
 
 
 class ScoreFailed(StoppedError):
@@ -38,7 +42,7 @@ class Score:
     dotted path of the number in the JSON that it prints, `*` standing for the only entry of an object; None where it
     prints a number alone. With `{out}` in the command, which stands for a folder of its own, the newest JSON file that
     it writes there is read in place of what it prints: the results of lm-evaluation-harness, in which `task.metric`
-    names a number as its tables do. `timeout` in seconds."""
+    names a number as its tables do, `task.metric,filter` where a task has several filters. `timeout` in seconds."""
 
     command: str
     metric: str | None = None
@@ -62,11 +66,12 @@ class Score:
         with contextlib.ExitStack() as stack:
             files = None
             if any(FILES in part for part in self._parts()):
-                files = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-score-")))
+                # What the command has left at work may still write there.
+                made = tempfile.TemporaryDirectory(prefix="merge-score-", ignore_cleanup_errors=True)
+                files = Path(stack.enter_context(made))
             told = {PLACE: str(folder), FILES: str(files)}
-            command = self._parts()
-            for place, text in told.items():
-                command = [part.replace(place, text) for part in command]
+            # At once: a folder's own name may hold such a word.
+            command = [re.sub(r"\{model\}|\{out\}", lambda found: told[found[0]], part) for part in self._parts()]
             printed = stack.enter_context(_output(log, ".out"))
             said = stack.enter_context(_output(log, ".err"))
             code = self._run(command, printed, said, check)
@@ -79,7 +84,7 @@ class Score:
                 message = f"the score command failed with exit code {code}: {' | '.join(lines) or 'it says nothing'}"
                 raise ScoreFailed(message, hint=hint)
             text, how = (output, "printed") if files is None else (_newest(files), "wrote")
-            found = _parsed(text)
+            found = _json(text)
             return self._number(found, text, how), take(found, files)
 
     def _run(self, command: list[str], printed: IO[bytes], said: IO[bytes], check: Callable[[], None]) -> int:
@@ -112,24 +117,36 @@ class Score:
     def _number(self, found: Any, printed: str, how: str) -> float:
         """The number in the JSON that the command printed or wrote."""
         value = entry_at(found, self.metric)
-        if value is None and self.metric and isinstance(found, Mapping):
-            value = _in_results(found.get("results"), self.metric)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            what = f"no number `{self.metric}`" if self.metric else "no number"
-            hint = (
-                "name the number in its JSON with `--metric a.b`, in a recipe with `metric: a.b`"
-                if isinstance(found, Mapping)
-                else None
-            )
-            raise ScoreFailed(f"the score command {how} {what}: {printed.strip()[-200:]!r}", hint=hint)
-        return float(value)
+        results = _in_results(found.get("results")) if isinstance(found, Mapping) else {}
+        if value is None and self.metric:
+            value = _named(results, self.metric)
+        with contextlib.suppress(OverflowError):
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                return float(value)
+        what = f"no number `{self.metric}`" if self.metric else "no number"
+        known = list(results or _numbers(found))
+        if not known:
+            end = repr(printed.strip()[-200:]) if printed.strip() else "nothing at all"
+            raise ScoreFailed(f"the score command {how} {what}: {end}")
+        wanted = self.metric or ""
+        alike = [name for name in known if wanted and name.partition(",")[0] == wanted]
+        near = list(filter(None, [did_you_mean(wanted, known)]))
+        shown = ", ".join(f"`{name}`" for name in (alike or near or known)[:SHOWN])
+        hint = "name the number in its JSON with `--metric a.b`, in a recipe with `metric: a.b`"
+        raise ScoreFailed(f"the score command {how} {what}, but {shown}", hint=hint)
 
 
-def _parsed(printed: str) -> Any:
-    """What was printed, if it is JSON as a whole, else the last line that is; None where there is none."""
-    for text in [printed, *reversed(printed.strip().splitlines())]:
-        with contextlib.suppress(ValueError):
-            return json.loads(text)
+def _json(text: str) -> Any:
+    """The JSON that a text is, or the last in it that begins a line and reaches to the end or over one line; None where
+    there is none."""
+    lines = text.strip().splitlines()
+    begun = range(len(lines) - 1, max(-1, len(lines) - 1 - TRIED), -1)
+    whole = [i for i in begun if lines[i].startswith(("{", "["))]
+    for tried in [text, *("\n".join(lines[i:]) for i in whole), *reversed(lines)]:
+        try:
+            return json.loads(tried)
+        except (ValueError, RecursionError):
+            continue
     return None
 
 
@@ -142,14 +159,33 @@ def entry_at(found: Any, path: str | None) -> Any:
     return found
 
 
-def _in_results(results: Any, metric: str) -> Any:
-    """The number `task.metric` in the results of lm-evaluation-harness, whose keys are `metric,filter`; None where
-    there is none, or several filters gave one."""
-    task, _, name = metric.rpartition(".")
-    entry = results.get(task) if isinstance(results, Mapping) else None
-    if not isinstance(entry, Mapping):
-        return None
-    found = [value for key, value in entry.items() if key == name or key.partition(",")[0] == name]
+def _in_results(results: Any) -> dict[str, Any]:
+    """All numbers in the results of lm-evaluation-harness, by `task.metric,filter`."""
+    found: dict[str, Any] = {}
+    for task, entry in results.items() if isinstance(results, Mapping) else ():
+        if isinstance(entry, Mapping):
+            found |= {f"{task}.{key}": value for key, value in entry.items() if isinstance(value, int | float)}
+    return found
+
+
+def _numbers(found: Any) -> dict[str, Any]:
+    """The first numbers in what was printed, by their paths."""
+    paths: dict[str, Any] = {}
+    below = [("", found)]
+    while below and len(paths) < TRIED:
+        path, value = below.pop()
+        if isinstance(value, Mapping):
+            below += [(f"{path}.{key}" if path else str(key), one) for key, one in reversed(list(value.items()))]
+        elif path and isinstance(value, int | float):
+            paths[path] = value
+    return paths
+
+
+def _named(numbers: Mapping[str, Any], metric: str) -> Any:
+    """The number that is called so, its filter left out where there is only one; else None."""
+    if metric in numbers:
+        return numbers[metric]
+    found = [value for name, value in numbers.items() if name.rpartition(",")[0] == metric]
     return found[0] if len(found) == 1 else None
 
 
@@ -157,12 +193,13 @@ def _in_results(results: Any, metric: str) -> Any:
 def _output(log: Path | None, ending: str) -> Iterator[IO[bytes]]:
     """A file for what a command writes: a part of the log, or one without a name. Not a pipe: what a command leaves
     behind could hold that open."""
-    if log is None:
-        with tempfile.TemporaryFile() as file:
-            yield file
-    else:
-        with open(f"{log}{ending}", "w+b") as file:
-            yield file
+    try:
+        file: IO[bytes] = tempfile.TemporaryFile() if log is None else open(f"{log}{ending}", "w+b")  # noqa: SIM115
+    except OSError as fault:
+        where = f"{log}{ending}" if log is not None else tempfile.gettempdir()
+        raise StoppedError(f"cannot write `{where}`: {fault.strerror}", hint=hint_for(fault)) from fault
+    with file:
+        yield file
 
 
 def _text(file: IO[bytes]) -> str:

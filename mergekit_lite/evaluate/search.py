@@ -11,18 +11,20 @@ from typing import Any
 
 from mergekit_lite.errors import Mark, Problem, RecipeError, StoppedError, UsageError
 from mergekit_lite.evaluate.greedy import greedy_soup
-from mergekit_lite.evaluate.judge import Judge, Judging, make_folder
+from mergekit_lite.evaluate.judge import Judge, Judging
+from mergekit_lite.evaluate.picture import draw
 from mergekit_lite.evaluate.score import PLACE, Score
 from mergekit_lite.evaluate.study import Study, Trial, check_sampler
 from mergekit_lite.evaluate.tasks import choose, thresholds_of
 from mergekit_lite.evaluate.template import Template
+from mergekit_lite.evaluate.worker import make_folder
 from mergekit_lite.limits import hint_for
 from mergekit_lite.recipe.holes import Hole, setting
 from mergekit_lite.recipe.model import Recipe, Scoring
 from mergekit_lite.recipe.score import GOALS
 from mergekit_lite.recipe.write import to_yaml
 
-STUDY, BEST, TRIALS, FRONT = "study.db", "best.yaml", "trials.json", "front"
+STUDY, BEST, TRIALS, FRONT, PICTURE = "study.db", "best.yaml", "trials.json", "front", "trials.svg"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,10 @@ def search(
     texts = tuple(_text(template, trial, recipe) for trial, recipe in zip(best, recipes, strict=True))
     found = Found(tuple(ended), tuple(best), recipes, texts)
     if folder is not None:
-        _keep(folder, found)
+        _keep(folder, found, draw(found.trials, found.best, template.scores, template.holes))
+    if not best:
+        last = ended[-1].why if ended else "no trial has ended"
+        raise StoppedError(f"no trial has a score; the last: {last}", hint="try the command by hand")
     return found
 
 
@@ -159,18 +164,24 @@ def _one_line(text: str) -> str:
     return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
-def _keep(folder: Path, found: Found) -> None:
-    """Write the best recipes and all trials beside the study. Raises StoppedError where the disk refuses."""
+def _keep(folder: Path, found: Found, picture: str | None) -> None:
+    """Write the best recipes, all trials and their picture beside the study. Raises StoppedError where the disk
+    refuses."""
     try:
         replace_file(folder / TRIALS, json.dumps([asdict(trial) for trial in found.trials], indent=1) + "\n")
+        for old in (folder / FRONT).glob("trial-*.yaml"):
+            old.unlink()
         if len(found.texts) == 1:
             replace_file(folder / BEST, found.texts[0])
         elif found.texts:
+            (folder / BEST).unlink(missing_ok=True)
             (folder / FRONT).mkdir(exist_ok=True)
-            for old in (folder / FRONT).glob("trial-*.yaml"):
-                old.unlink()
             for trial, text in zip(found.best, found.texts, strict=True):
                 replace_file(folder / FRONT / f"trial-{trial.number:04d}.yaml", text)
+        if picture is not None:
+            replace_file(folder / PICTURE, picture)
+        else:
+            (folder / PICTURE).unlink(missing_ok=True)  # it would show fewer trials than there are
     except OSError as fault:
         raise StoppedError(f"cannot write into `{folder}`: {fault.strerror}", hint=hint_for(fault)) from fault
 

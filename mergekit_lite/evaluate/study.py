@@ -7,13 +7,11 @@ machine, with the values that it had.
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import hashlib
 import importlib.util
-import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +21,12 @@ from mergekit_lite.errors import InterruptedRun, RecipeError, StoppedError, Usag
 from mergekit_lite.evaluate.judge import Judging
 from mergekit_lite.evaluate.score import ScoreFailed
 from mergekit_lite.evaluate.space import distributions, grid, settings, value
+from mergekit_lite.evaluate.storage import alone, open_study
+from mergekit_lite.evaluate.storage import told as faults_told
+from mergekit_lite.evaluate.worker import is_gone, me
 from mergekit_lite.recipe.holes import Hole
 from mergekit_lite.recipe.model import Recipe, Scoring
-from mergekit_lite.run.journal import boot
+from mergekit_lite.redact import redact
 
 if TYPE_CHECKING:
     import optuna
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 LEFT = "left:"
 SAMPLERS = ("tpe", "cmaes", "nsga2", "random", "grid")
 HOPELESS = 3  # so many trials that failed, and none that did not: the next will not either
-WARM_UP = 5  # so many trials are seen to the end before one is given up early
+AGAIN = "again"  # of a trial that is done again, the number of the one that was left
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,26 +67,24 @@ class Study:
         self.holes, self.scores = holes, scores
         self._distributions = distributions(holes)
         check_sampler(sampler, holes, len(scores))
+        self._path, self._sampler, self._seed = path, sampler, seed
         self._grid = list(grid(holes)) if sampler == "grid" else None
-        with _alone(path):
-            self._study = _open(path, scores)
+        with faults_told(path), alone(path) as held:
+            self._study = open_study(path, scores)
             known = self._study.user_attrs.get("of")
-            if known is None:
+            if known is None and not self._study.get_trials(deepcopy=False):
                 self._study.set_user_attr("of", identity)
             elif known != identity:
                 message = f"`{path}` is the study of another recipe, or of this one before it was changed"
                 hint = "choose another folder with `--out`, or remove this one to start anew"
                 raise UsageError(message, hint=hint)
-            self._put_back()
-            for point in self._grid or ():
-                self._study.enqueue_trial(point, skip_if_exists=True)
-        began = len(self._study.get_trials(deepcopy=False))
-        self._study.sampler = _sampler(sampler, seed + began, len(scores))
+            self._put_back(held)
 
     def trials(self) -> list[Trial]:
         """All trials that have ended, in their order."""
-        left = self._left()
-        found = [self._ended(t) for t in self._study.get_trials(deepcopy=False) if t.number not in left]
+        with faults_told(self._path):
+            left = self._left()
+            found = [self._ended(t) for t in self._study.get_trials(deepcopy=False) if t.number not in left]
         return [trial for trial in found if trial is not None]
 
     def best(self) -> list[Trial]:
@@ -124,16 +123,16 @@ class Study:
 
         def worker() -> None:
             try:
-                while not stop.is_set():
-                    with lock:
-                        if self._begun() >= trials:
+                with faults_told(self._path):
+                    while not stop.is_set():
+                        with lock, alone(self._path):
+                            trial = self._next(trials)
+                        if trial is None:
                             return
-                        trial = self._study.ask(self._distributions)
-                        trial.set_user_attr("by", _me())
-                    ended = self._one(trial, judge, fill, lock)
-                    told(ended)
-                    with lock:
-                        self._give_up(ended)
+                        ended = self._one(trial, judge, fill, lock)
+                        told(ended)
+                        with lock:
+                            self._give_up(ended)
             except BaseException as fault:
                 faults.append(fault)
                 stop.set()
@@ -149,6 +148,27 @@ class Study:
                 raise InterruptedRun("stopped by Ctrl-C", hint="the same command goes on with the study") from fault
         if faults:
             raise faults[0]
+
+    def _next(self, trials: int) -> optuna.Trial | None:
+        """Begin a trial; None where there are so many. While this goes on the study is this process's alone.
+
+        What is drawn depends on the seed, on how many trials were begun before and on those that have ended, and on
+        nothing that a process keeps: a study that was stopped draws what it would have drawn.
+        """
+        from optuna.trial import TrialState
+
+        left = self._left()
+        known = [t for t in self._study.get_trials(deepcopy=False) if t.number not in left]
+        begun = [t for t in known if t.state != TrialState.WAITING]
+        if len(begun) >= trials:
+            return None
+        if self._grid is not None and len(begun) == len(known):
+            taken = [trial.params for trial in begun]
+            self._study.enqueue_trial(next(point for point in self._grid if point not in taken))
+        self._study.sampler = _sampler(self._sampler, _seed(self._seed, len(begun)), len(self.scores))
+        trial = self._study.ask(self._distributions)
+        trial.set_user_attr("by", me())
+        return trial
 
     def _one(
         self, trial: optuna.Trial, judge: Judging, fill: Callable[[Sequence[str]], Recipe], lock: threading.Lock
@@ -179,7 +199,7 @@ class Study:
         with lock:
             trial.set_user_attr("seconds", dict(seconds))
             if why is not None:
-                trial.set_user_attr("why", why[:1000])
+                trial.set_user_attr("why", redact(why)[:1000])
             self._study.tell(trial, found or None, state)
         ended = self._ended(self._study.get_trials(deepcopy=False)[trial.number])
         assert ended is not None
@@ -195,27 +215,27 @@ class Study:
                 f"all {len(known)} trials have failed, the last: {ended.why}", hint="try the command by hand"
             )
 
-    def _begun(self) -> int:
-        """Trials that have ended, are at work or wait for nobody; those that failed with their process do not count."""
-        left = self._left()
-        trials = self._study.get_trials(deepcopy=False)
-        return sum(trial.state.name != "WAITING" and trial.number not in left for trial in trials)
-
     def _left(self) -> set[int]:
         """The numbers of trials that a process left behind."""
         return {int(key.removeprefix(LEFT)) for key in self._study.user_attrs if key.startswith(LEFT)}
 
-    def _put_back(self) -> None:
-        """Have trials done again that a process which is no more has left on this machine."""
+    def _put_back(self, held: bool) -> None:
+        """Have trials done again that a process which is no more has left on this machine. Where the study is `held` by
+        this process alone, a trial that nobody has put a name to is one of these. A process that is killed within this
+        leaves nothing that the next would not put right."""
         from optuna.trial import TrialState
 
-        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        trials = self._study.get_trials(deepcopy=False)
+        again = {trial.user_attrs.get(AGAIN) for trial in trials}
+        for trial in trials:
             by = trial.user_attrs.get("by")
-            if by is not None and _is_gone(by):
+            if trial.state == TrialState.RUNNING and (held if by is None else is_gone(by)):
+                # What was not drawn to its end is drawn anew, and comes out alike.
+                if trial.number not in again and trial.params.keys() == self._distributions.keys():
+                    self._study.enqueue_trial(trial.params, user_attrs={AGAIN: trial.number})
+                self._study.set_user_attr(f"{LEFT}{trial.number}", True)
                 with contextlib.suppress(ValueError):  # another process was first
                     self._study.tell(trial.number, state=TrialState.FAIL)
-                    self._study.set_user_attr(f"{LEFT}{trial.number}", True)
-                    self._study.enqueue_trial(trial.params)
 
     def _ended(self, trial: Any) -> Trial | None:
         words = {"COMPLETE": "done", "PRUNED": "given up", "FAIL": "failed"}
@@ -249,40 +269,9 @@ def check_sampler(name: str | None, holes: Sequence[Hole], scores: int) -> None:
         raise UsageError(message, hint="give it a `step`, or use another `--sampler`")
 
 
-def _open(path: Path | None, scores: Sequence[Scoring]) -> optuna.Study:
-    import optuna
-
-    try:
-        return optuna.create_study(
-            storage=None if path is None else f"sqlite:///{path}",
-            study_name="merge",
-            load_if_exists=True,
-            directions=["maximize" if score.goal == "max" else "minimize" for score in scores],
-            pruner=optuna.pruners.PercentilePruner(50.0, n_startup_trials=WARM_UP),
-        )
-    except Exception as fault:  # SQLAlchemy's, Optuna's, Alembic's
-        message = f"`{path}` cannot be opened as a study: {fault}"
-        raise StoppedError(message.splitlines()[0], hint="is it the file of another program?") from fault
-
-
-@contextlib.contextmanager
-def _alone(path: Path | None) -> Iterator[None]:
-    """While this is held no other process opens the study: tables are made by one of them."""
-    if path is None:
-        yield
-        return
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
-
-
 def _sampler(name: str | None, seed: int, scores: int) -> optuna.samplers.BaseSampler:
-    """The sampler of this name; None: TPE, with several scores NSGA-II. `seed` differs with the trials that there are,
-    so that a study that goes on does not draw the same again. All of a grid waits in the study already."""
+    """The sampler of this name; None: TPE, with several scores NSGA-II. All that they know they read from the study. A
+    point of a grid waits in the study already."""
     from optuna import samplers
 
     name = name or ("tpe" if scores == 1 else "nsga2")
@@ -297,22 +286,6 @@ def _sampler(name: str | None, seed: int, scores: int) -> optuna.samplers.BaseSa
     return made[name](seed=seed)
 
 
-def _me() -> dict[str, Any]:
-    """This process, told from every other on this machine."""
-    return {"host": socket.gethostname(), "boot": boot(), "pid": os.getpid(), "began": _began(os.getpid())}
-
-
-def _is_gone(by: Mapping[str, Any]) -> bool:
-    """Whether a process is no more, as far as can be seen from here."""
-    if by["host"] != socket.gethostname():
-        return False
-    return bool(by["boot"] != boot() or by["began"] != _began(by["pid"]))
-
-
-def _began(pid: int) -> str | None:
-    """When a process began, in the kernel's own count; None where there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    return stat.rpartition(")")[2].split()[19]
+def _seed(seed: int, number: int) -> int:
+    """The seed of one draw: neither those of one study nor those of two lie side by side."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4], "big")

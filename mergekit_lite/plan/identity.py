@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergekit_lite.plan.digest import ARITHMETIC
-from mergekit_lite.plan.model import Alignment, Node, Plan
+from mergekit_lite.plan.model import Alignment, Node, Output, Plan
 from mergekit_lite.plan.order import GRAIN, walk
 
 Place = tuple[int, int, int]
@@ -94,7 +94,18 @@ class Identities:
 
 
 def result_digest(plan: Plan, tensors: Mapping[Place, str]) -> str:
-    """What is merged, whatever the recipe's text says beside it: the tensors and the configurations."""
-    configs = [repr((output.config, output.adapter, output.store)) for output in plan.outputs]
+    """What is merged, whatever the recipe's text says beside it: the tensors, the configurations and the tokenizers."""
+    configs = [
+        repr((output.config, output.adapter, output.store, plan.checkpoints[output.donor].location, _tokenizer(output)))
+        for output in plan.outputs
+    ]
     whole = repr((sorted((key, value) for key, value in tensors.items()), configs))
     return hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
+
+
+def _tokenizer(output: Output) -> list[tuple[str, str]]:
+    """The tokenizer files that take the place of the donor's, by name: their digests, or where they lie."""
+    return [
+        (name, hashlib.blake2b(file).hexdigest() if isinstance(file, bytes) else str(file))
+        for name, file in sorted((output.tokenizer or {}).items())
+    ]

@@ -84,13 +84,17 @@ class _Left:
 class TrialFolder:
     """A folder that trials are written into, one at a time, for programs that read checkpoints from the disk.
 
-    `path` holds the last one, whole, and is nothing while the next is at work.
+    `path` holds the last one, whole, and is nothing while the next is at work. A program may do there what it likes:
+    where it has touched a shard (size, times, links, the file itself), nothing of the trial before is used; whatever
+    else it has left there is removed. What writes there while the next trial is looked at is not noticed.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self._left = _Left()
         self._layout: object = None
+        self._seen: object = None
+        self._solved: dict[str, Solved] = {}
 
     def write(self, plan: Plan, options: Options) -> Made:
         """Put the only output of `plan`, which is planned for `path`, there. Raises what `run` raises of inputs that
@@ -100,12 +104,15 @@ class TrialFolder:
         identities = Identities(plan)
         grown = partial(output.to)
         layout = [(shard.file, shard.header, shard.nbytes) for shard in output.shards]
-        fresh = layout != self._layout or not self.path.exists()
+        files = [shard.file for shard in output.shards]
+        fresh = layout != self._layout or self._seen != _looks(self.path, files)
         self._layout = None
         if fresh:
             self.clear()
             grown.mkdir(parents=True)
+            self._solved = {}
         else:
+            _keep_only(self.path, files)
             self.path.rename(grown)
         sink = Files(plan.outputs)
         with inputs_of(plan, options.threads) as reader, contextlib.closing(sink):
@@ -117,36 +124,80 @@ class TrialFolder:
                 sink.reopen()
             options = replace(options, abort=reader.abort)
             made, solved = self._left.go(plan, identities, reader, sink, options, fresh)
-            put_beside(plan, output, solved)
+            # Orders of units that nothing asked for this time are those of the trial before.
+            self._solved = {n: s for n, s in {**self._solved, **solved}.items() if n in plan.alignments}
+            put_beside(plan, output, self._solved)
         grown.rename(self.path)
         self._layout = layout
+        self._seen = _looks(self.path, files)
         return made
 
     def clear(self) -> None:
         """Remove what is there."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        shutil.rmtree(partial(str(self.path)), ignore_errors=True)
+        for path in (self.path, partial(str(self.path))):
+            with contextlib.suppress(OSError):  # a program may have put a link, or a file, in its place
+                path.unlink()
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class TrialTensors:
     """Trials as state dicts, for callables. The tensors are those of the trial before where these are the same, and
-    they are overwritten by the next."""
+    they are overwritten by the next. Where torch knows that one was written to, nothing of the trial before is used; a
+    change by way of NumPy is not noticed."""
 
     def __init__(self) -> None:
         self._left = _Left()
         self._layout: object = None
         self._sink: Memory | None = None
+        self._versions: list[int] = []
 
     def make(self, plan: Plan, source: ByteSource, options: Options) -> tuple[dict[str, Tensor], Made]:
         """The only output of `plan`, whose tensors are read from `source`."""
         (output,) = plan.outputs
         layout = [(t.name, t.shape, t.dtype) for each in output.tensors for t in each.parts]
-        fresh = self._sink is None or layout != self._layout
+        fresh = self._sink is None or layout != self._layout or self._versions != self._now()
         if fresh or self._sink is None:
             self._sink = Memory(plan.outputs)
         self._layout = layout
         made, _ = self._left.go(plan, Identities(plan), source, self._sink, options, fresh)
-        return self._sink.tensors[0], made
+        self._versions = self._now()
+        return dict(self._sink.tensors[0]), made
+
+    def _now(self) -> list[int]:
+        """How often each tensor was written to."""
+        return [] if self._sink is None else [tensor._version for tensor in self._sink.tensors[0].values()]
+
+
+def _looks(folder: Path, files: Sequence[str]) -> list[tuple[int, ...]] | None:
+    """What would change if these files of a folder, or their places, were touched; None where one is missing."""
+    parents = {parent for file in files for parent in Path(file).parents}
+    found = []
+    try:
+        for path in [folder, *(folder / parent for parent in sorted(parents))]:
+            about = path.lstat()
+            found.append((about.st_mode, about.st_ino, about.st_dev))
+        for file in files:
+            about = (folder / file).lstat()
+            # Its links: another name for it must not show what the next trial writes.
+            times = (about.st_mtime_ns, about.st_ctime_ns, about.st_nlink)
+            found.append((about.st_mode, about.st_ino, about.st_dev, about.st_size, *times))
+    except OSError:
+        return None
+    return found
+
+
+def _keep_only(folder: Path, files: Sequence[str]) -> None:
+    """Remove all but these files of a folder."""
+    kept = {folder / file for file in files}
+    homes = {parent for path in kept for parent in path.parents}
+    for home in {path.parent for path in kept} | {folder}:
+        for path in list(home.iterdir()):
+            if path in kept or path in homes:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _needed(plan: Plan, units: Sequence[Unit]) -> set[str]:

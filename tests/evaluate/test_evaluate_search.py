@@ -256,3 +256,52 @@ def test_functions_score_checkpoints_of_the_disk_too(
     )
     assert len(found.trials) == 4 and len({t.scores["score"] for t in found.trials}) == 4
     assert sorted(tmp_path.rglob("*")) == before  # nothing is written
+
+
+def test_a_function_that_writes_into_its_tensors_does_not_reach_the_next_trial(
+    models: Models, recipe: Callable[[str], Path]
+) -> None:
+    right = near(models, 0.25)
+
+    def score(tensors: dict[str, Tensor]) -> float:
+        found = right(tensors)
+        tensors["layers.1.w"].view(-1)[3:5].mul_(7)
+        tensors.pop("layers.2.w")
+        return found
+
+    layers = "{layers.0.w: {choice: [0.25, 0.5]}, layers.1.w: {choice: [0.25, 0.75]}, '*': 0.25}"
+    path = recipe(f"{{use: interpolate, of: [a, b], with: {{t: {layers}}}}}")
+    found = mergekit_lite.search(path, score=score, goal="min", models=models, sampler="grid")
+    for trial in found.trials:
+        t = {name: next((v for p, v in trial.values.items() if name in p), 0.25) for name in models["a"]}
+        merged = {name: torch.lerp(models["a"][name], models["b"][name], t[name]) for name in t}
+        assert trial.scores["score"] == pytest.approx(right(merged), abs=1e-5)
+    assert len({trial.scores["score"] for trial in found.trials}) == 4
+
+
+def test_a_score_that_is_no_finite_number_fails_its_trial(models: Models, recipe: Callable[[str], Path]) -> None:
+    def score(tensors: dict[str, Tensor]) -> float:
+        return float("nan") if float(tensors["layers.0.w"][0, 0]) == float(models["a"]["layers.0.w"][0, 0]) else 1.0
+
+    path = recipe("{use: interpolate, of: [a, b], with: {t: {choice: [0.0, 0.5]}}}")
+    found = mergekit_lite.search(path, score=score, models=models, sampler="grid")
+    assert {(t.values["steps.m.with.t"], t.state) for t in found.trials} == {(0.0, "failed"), (0.5, "done")}
+
+
+@pytest.mark.parametrize("sampler", [None, "random", "grid"])
+def test_a_study_in_pieces_draws_what_it_draws_at_once(
+    models: Models, recipe: Callable[[str], Path], tmp_path: Path, sampler: str | None
+) -> None:
+    t = "{layers.0.w: {search: [0, 1], step: 0.125}, '*': {search: [0, 1], step: 0.25}}"
+    path = recipe(f"{{use: interpolate, of: [a, b], with: {{t: {t}}}}}")
+
+    def go(trials: int, out: Path) -> list[tuple[object, object]]:
+        found = mergekit_lite.search(
+            path, score=near(models, 0.3), goal="min", models=models, trials=trials, sampler=sampler, out=out
+        )
+        return [(t.values, t.scores) for t in found.trials]
+
+    whole = go(16, tmp_path / "whole")
+    for trials in (1, 6, 11, 16):
+        pieces = go(trials, tmp_path / "pieces")
+    assert pieces == whole and len(whole) == 16
