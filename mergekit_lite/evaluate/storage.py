@@ -26,17 +26,28 @@ _FOREIGN = "choose another folder with `--out`, or move this file away to start 
 def open_study(path: Path | None, scores: Sequence[Scoring]) -> optuna.Study:
     """The study in the file `path`, made where there is none; None: in memory. Raises StoppedError where the file is no
     study, or cannot be read and written."""
+    if path is None:
+        return _open(None, scores)
+    if not _check(path):
+        # Tables that a full disk or a kill has left half made would look like those of another program.
+        new = path.with_name(path.name + ".new")
+        new.unlink(missing_ok=True)
+        _open(new, scores)
+        new.replace(path)
+    return _open(path, scores)
+
+
+def _open(path: Path | None, scores: Sequence[Scoring]) -> optuna.Study:
     import optuna
-    from sqlalchemy.pool import QueuePool
+    from sqlalchemy.pool import NullPool
 
     storage = None
     if path is not None:
-        _check(path)
         # Not as an address: its signs may stand in the path, and releases of SQLAlchemy read them in different ways.
         where = os.path.abspath(path)
         how = {
             "creator": lambda: sqlite3.connect(where, timeout=PATIENCE, check_same_thread=False),
-            "poolclass": QueuePool,  # that of files
+            "poolclass": NullPool,  # no connection outlives its use
         }
         storage = optuna.storages.RDBStorage("sqlite://", engine_kwargs=how)
     return optuna.create_study(
@@ -85,18 +96,22 @@ def alone(path: Path | None) -> Iterator[bool]:
         os.close(folder)
 
 
-def _check(path: Path) -> None:
-    """Raises StoppedError where the file is another program's: nothing is to be written into that."""
+def _check(path: Path) -> bool:
+    """Whether there is a study. Raises StoppedError where the file is another program's: nothing is to be written into
+    that."""
     try:
         if not path.exists():
-            return
-        regular = path.is_file()
+            return False
+        regular, size = path.is_file(), path.stat().st_size
     except OSError as fault:
         raise StoppedError(f"cannot read `{path}`: {fault.strerror}", hint="choose another folder") from fault
     if not regular:
         raise StoppedError(f"`{path}` is not a file", hint=_FOREIGN)
+    if not size:
+        return False
     address = f"file:{quote(os.path.abspath(path))}?mode=rw"
     with contextlib.closing(sqlite3.connect(address, uri=True, timeout=PATIENCE)) as file:
         tables = {name for (name,) in file.execute("select name from sqlite_master where type = 'table'")}
-    if tables and not {"studies", "trials", "version_info"} <= tables:
+    if not {"studies", "trials", "version_info"} <= tables:
         raise StoppedError(f"`{path}` is the file of another program", hint=_FOREIGN)
+    return True
