@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import median
 
 from mergekit_lite import plan, run
-from mergekit_lite.merge import default_threads, planner
+from mergekit_lite.choose import planner
+from mergekit_lite.merge import default_threads
 from mergekit_lite.recipe.model import Recipe
 from mergekit_lite.recipe.read import parse
 from mergekit_lite.run.progress import Options

@@ -238,7 +238,7 @@ def _aligned(
     import json
 
     from mergekit_lite import merge
-    from mergekit_lite.evaluate.judge import make_folder
+    from mergekit_lite.evaluate.worker import make_folder
     from mergekit_lite.plan.identity import Identities, result_digest
 
     settings = {"spaces": spaces, **({"family": family} if family else {})}

@@ -43,7 +43,7 @@ def sharpness_of(
 
     from mergekit_lite.calibrate.layer_sharpness import layer_sharpness
     from mergekit_lite.calibrate.sharpness import RHO
-    from mergekit_lite.evaluate.judge import make_folder
+    from mergekit_lite.evaluate.worker import make_folder
     from mergekit_lite.report.look import open_location
     from mergekit_lite.run.trial import TrialFolder
 

@@ -17,11 +17,11 @@ import torch
 
 from mergekit_lite.errors import StoppedError
 from mergekit_lite.evaluate.ingredients import Ingredients
-from mergekit_lite.evaluate.judge import make_folder
 from mergekit_lite.evaluate.loss import Objective
 from mergekit_lite.evaluate.search import BEST, replace_file
 from mergekit_lite.evaluate.template import Template
 from mergekit_lite.evaluate.weights import Open, Weights, of_value
+from mergekit_lite.evaluate.worker import make_folder
 from mergekit_lite.family.family import family_of
 from mergekit_lite.limits import hint_for
 from mergekit_lite.recipe.holes import setting

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from mergekit_lite.align.diagnose import barrier
 from mergekit_lite.evaluate.ensemble import WINDOWS, Cascade, accuracy, cascade, ensemble
-from mergekit_lite.evaluate.judge import LOGS, WORK, Judge, Planner, make_folder
+from mergekit_lite.evaluate.judge import LOGS, WORK, Judge, Planner
 from mergekit_lite.evaluate.readings import Readings
 from mergekit_lite.evaluate.samples import Samples, Where, flips
+from mergekit_lite.evaluate.worker import make_folder
 from mergekit_lite.plan.model import Plan
 from mergekit_lite.recipe.model import Recipe, Scoring
 from mergekit_lite.recipe.read import parse

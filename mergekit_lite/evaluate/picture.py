@@ -27,7 +27,7 @@ LABELS = 8  # categories whose labels are written out
 BINS = 5  # in which numbers are taken together, to see what they explain
 DONE, BEST, GIVEN_UP, FAILED = "#4c78a8", "#e45756", "#9d9d9d", "#b279a2"
 # Nothing of a reader's own settings, no mathematics in names, and the same file for the same trials.
-STYLE = {
+STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     "text.usetex": False,
     "svg.fonttype": "none",
@@ -100,6 +100,8 @@ def explained(path: str, done: Sequence[Trial], score: str) -> float:
 
 def _over_trials(panel: Axes, trials: Sequence[Trial], best: Sequence[Trial], score: Scoring) -> None:
     """One score over the trials, and the best so far."""
+    from matplotlib.ticker import MaxNLocator
+
     done = [trial for trial in trials if trial.state == "done"]
     _points(panel, [(trial.number, trial.scores[score.name]) for trial in done], DONE, "done")
     if done:
@@ -119,7 +121,7 @@ def _over_trials(panel: Axes, trials: Sequence[Trial], best: Sequence[Trial], sc
                 numbers, edge, s=16, c=color, marker=marker, transform=panel.get_xaxis_transform(), label=state
             )
             marks.set_gid(state.replace(" ", "-"))
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_xlabel("trial")
     panel.set_ylabel(_label(score.name))
 

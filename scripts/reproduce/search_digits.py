@@ -1,6 +1,6 @@
 """Search the merge of eight tasks' models, and hold what is found against the best recipe of one parameter: minutes.
 
-    python scripts/search_digits.py --write docs/search.md
+    python scripts/reproduce/search_digits.py --write docs/search.md
 
 The models and the tasks are those of `make reproduce` (eight_tasks.py). Everything is chosen on the validation split
 and measured on the test split. Of each seed the models, the splits and what is drawn are its own.
@@ -21,15 +21,15 @@ import torch
 import yaml
 from eight_merges import LAMBDAS, Bench
 from eight_tasks import LAYERS, Setting, Weights, experiment
-from reproduction import page, processes
 from rich.console import Console
+from work import page, processes
 
 import mergekit_lite
 
 SEEDS = (0, 1, 2)
 TRIALS = 40
 CACHE = Path("demo/eight_tasks")
-BEGIN, END = "<!-- made by scripts/search_digits.py -->", "<!-- end of what it made -->"
+BEGIN, END = "<!-- made by scripts/reproduce/search_digits.py -->", "<!-- end of what it made -->"
 # The recipes of one parameter: every value of the grid is tried.
 SINGLE = ("task_arithmetic", "ties", "iso_c", "tsv_m")
 BY_LAYER = {f"encoder.layers.{layer}.*" for layer in range(LAYERS)}
@@ -147,7 +147,7 @@ def table(found: dict[str, list[Outcome]]) -> str:
         f"split that it went by, by {' '.join(f'{gain:+.2f}' for gain in seen)}."
     )
     head = "| recipe | trials | validation | test | test, of the seeds |\n| :- | -: | -: | -: | -: |"
-    return "\n".join([head, *rows]) + "\n\n" + page(text)
+    return "\n".join([head, *map(str, rows)]) + "\n\n" + page(text)
 
 
 def main() -> None:
