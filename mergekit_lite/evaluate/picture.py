@@ -27,7 +27,7 @@ LABELS = 8  # categories whose labels are written out
 BINS = 5  # in which numbers are taken together, to see what they explain
 DONE, BEST, GIVEN_UP, FAILED = "#4c78a8", "#e45756", "#9d9d9d", "#b279a2"
 # Nothing of a reader's own settings, no mathematics in names, and the same file for the same trials.
-STYLE = {
+STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     "text.usetex": False,
     "svg.fonttype": "none",
@@ -119,7 +119,7 @@ def _over_trials(panel: Axes, trials: Sequence[Trial], best: Sequence[Trial], sc
                 numbers, edge, s=16, c=color, marker=marker, transform=panel.get_xaxis_transform(), label=state
             )
             marks.set_gid(state.replace(" ", "-"))
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.locator_params(axis="x", integer=True)
     panel.set_xlabel("trial")
     panel.set_ylabel(_label(score.name))
 

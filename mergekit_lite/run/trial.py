@@ -171,7 +171,7 @@ class TrialTensors:
 def _looks(folder: Path, files: Sequence[str]) -> list[tuple[int, ...]] | None:
     """What would change if these files of a folder, or their places, were touched; None where one is missing."""
     parents = {parent for file in files for parent in Path(file).parents}
-    found = []
+    found: list[tuple[int, ...]] = []
     try:
         for path in [folder, *(folder / parent for parent in sorted(parents))]:
             about = path.lstat()
