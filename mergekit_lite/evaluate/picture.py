@@ -100,8 +100,6 @@ def explained(path: str, done: Sequence[Trial], score: str) -> float:
 
 def _over_trials(panel: Axes, trials: Sequence[Trial], best: Sequence[Trial], score: Scoring) -> None:
     """One score over the trials, and the best so far."""
-    from matplotlib.ticker import MaxNLocator
-
     done = [trial for trial in trials if trial.state == "done"]
     _points(panel, [(trial.number, trial.scores[score.name]) for trial in done], DONE, "done")
     if done:
@@ -121,7 +119,7 @@ def _over_trials(panel: Axes, trials: Sequence[Trial], best: Sequence[Trial], sc
                 numbers, edge, s=16, c=color, marker=marker, transform=panel.get_xaxis_transform(), label=state
             )
             marks.set_gid(state.replace(" ", "-"))
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.locator_params(axis="x", integer=True)
     panel.set_xlabel("trial")
     panel.set_ylabel(_label(score.name))
 

@@ -68,7 +68,7 @@ def test_the_best_recipe_is_written_and_merges_to_its_score(here: Path, merge: M
     scored = subprocess.run([sys.executable, "score.py", "out/best"], capture_output=True, text=True, check=True)
     assert json.loads(scored.stdout.splitlines()[-1])["results"]["far"] == best["scores"]["results.far"]
     left = sorted(path.name for path in (here / "r.search").iterdir())
-    assert left == ["best.yaml", "logs", "scores.jsonl", "study.db", "trials.json"]  # no trial is left
+    assert left == ["best.yaml", "logs", "scores.jsonl", "study.db", "trials.json", "trials.svg"]  # no trial is left
     assert "a line of talk" in (here / "r.search/logs/0000-results.far.out").read_text()
     shown = merge("search", "r.yaml", "--trials", "15")
     assert "15 trials: 15 done" in shown.out
@@ -258,7 +258,7 @@ def test_thresholds_of_a_store_are_chosen_by_the_score_of_each_task(
     if tasks == "ac":
         assert "b: 0.5" in text
     before = sorted(path.name for path in (tmp_path / "r.search").iterdir())
-    assert before == ["best.yaml", "logs", "scores.jsonl", "trials.json"]
+    assert before == ["best.yaml", "logs", "scores.jsonl", "trials.json", "trials.svg"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@
 One search is not disturbed. Another, of the same recipe, is killed so many times, by itself or with the score command
 that it is at, and must end with the same trials: none lost, none twice, with one job and `tpe` the same values and
 scores. DIR is made and removed.
+
+With --full the disk of the study's folder is full from some call on instead, and the same command goes on with room.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import layer
 import numpy as np
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).parents[2]
 SCORE = """\
 import pathlib, sys, time
+import layer
 import numpy as np
 from safetensors.numpy import load_file
 found = load_file(pathlib.Path(sys.argv[1]) / "model.safetensors")
@@ -102,15 +106,50 @@ def campaign(folder: Path, out: str, args: argparse.Namespace, jobs: int, draws:
     return kills
 
 
+# Calls that need room, and the numbers of those from which on there is none.
+CALLS = "open,write,pwrite,fsync,fdatasync,mkdir,rename,ftruncate,fallocate"
+FROM = (1, 2, 3, 5, 9, 10, 12, 14, 16, 18, 20, 22, 25, 30, 40, 60, 90, 120, 149, 261, 295, 400, 542, 700)
+
+
+def full(folder: Path) -> list[str]:
+    """What was not as it should be, of searches on a disk without room."""
+    (folder / "score.sh").write_text("#!/bin/sh\nstat -c %s $1/model.safetensors\n", encoding="utf-8")
+    (folder / "score.sh").chmod(0o755)
+    recipe = (folder / "r.yaml").read_text(encoding="utf-8").partition("score:")[0]
+    (folder / "r.yaml").write_text(f'{recipe}score: {{command: "./score.sh {{model}}", goal: min}}\n', encoding="utf-8")
+    (folder / "layer").mkdir()
+    made = layer.Layer(folder / "layer")
+    faults = []
+    for first in FROM:
+        shutil.rmtree(folder / "r.search", ignore_errors=True)
+        words = ["search", "r.yaml", "--trials", "4", "--json"]
+        stopped = made.start(words, f"path=/r.search/ calls={CALLS} from={first} errno=28", folder=folder)
+        said = stopped.communicate()[1]
+        again = made.start(words, folder=folder)
+        told = again.communicate()[0]
+        count = len(json.loads(told).get("trials", []))
+        print(f"full from call {first}: exit {stopped.returncode}, then {again.returncode} with {count} trials")
+        if stopped.returncode not in (0, 5) or (stopped.returncode and "hint" not in said) or count != 4:
+            faults.append(f"full from call {first}")
+    return faults
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=20, help="kills")
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--seconds", type=float, default=6.0, help="after which a search is killed at the latest")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--full", action="store_true", help="disks that are full, in place of kills")
     parser.add_argument("--dir", type=Path, required=True)
     args = parser.parse_args()
-    prepare(args.dir)
+    prepare(args.dir.resolve())
+    if args.full:
+        faults = full(args.dir.resolve())
+        if faults:
+            sys.exit(f"not as it should be: {', '.join(faults)}")
+        shutil.rmtree(args.dir)
+        return
     draws = random.Random(args.seed)
     undisturbed = whole(args.dir, "undisturbed", args.trials, 1)
     faults = []
