@@ -29,7 +29,6 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).parents[2]
 SCORE = """\
 import pathlib, sys, time
-import layer
 import numpy as np
 from safetensors.numpy import load_file
 found = load_file(pathlib.Path(sys.argv[1]) / "model.safetensors")
