@@ -8,7 +8,7 @@ planner   plans of many recipes over the same models, for trials     plan/
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from mergekit_lite.evaluate.ingredients import Ingredients
     from mergekit_lite.evaluate.learn import Learned
     from mergekit_lite.evaluate.loss import LossFunction
+    from mergekit_lite.evaluate.order import LearnedOrder
     from mergekit_lite.evaluate.search import Found
     from mergekit_lite.evaluate.study import Trial
     from mergekit_lite.evaluate.template import Template
     from mergekit_lite.evaluate.weights import Open
     from mergekit_lite.plan.model import Plan
+    from mergekit_lite.recipe.model import Step
 
 ScoreFunction = Callable[[dict[str, "Tensor"]], float]
 
@@ -153,23 +155,64 @@ def learn(
     return found
 
 
-@contextmanager
+def learn_order(
+    template: Template,
+    data: Settings,
+    out: Path,
+    *,
+    threads: int | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
+    told: Callable[[], None] = lambda: None,
+) -> LearnedOrder:
+    """Learn the permutations that a recipe leaves open (`from: {learned: ste}`) from data for a model of transformers,
+    and write them and the recipe into the folder `out`. Both networks are held in memory. `told` hears of every step.
+
+    Raises RecipeError where the recipe's merge is not the mean of two networks, and otherwise as `learn`.
+    """
+    from mergekit_lite.calibrate.learn import loss_of
+    from mergekit_lite.calibrate.measure import device_memory, limited_threads
+    from mergekit_lite.evaluate.order import keep, learned_order, matching, open_order, unmoved
+
+    count = threads or default_threads()
+    opened = open_order(template)
+    make = planner(offline=offline, allow_pickle=allow_pickle, threads=count)
+    # Matched by weights the recipe is whole, and its plan knows the spaces.
+    alignment = make(matching(template.first, opened), Path("trial")).alignments[opened.step.name]
+    recipe, mean = unmoved(template.first, opened)
+    with _inputs(recipe, mean, False, make, None, count) as ingredients, limited_threads(count), device_memory():
+        loss = loss_of(ingredients, opened.learning.loss, data)
+        found = learned_order(template, opened, alignment, ingredients, loss, loss.per_step, told)
+    return keep(out, template, opened, found)
+
+
 def _ingredients(
     recipe: Recipe,
     opened: Open,
     make: Callable[[Recipe, Path | None], Plan],
     models: Mapping[str, Mapping[str, Tensor]] | None,
     threads: int,
-) -> Iterator[Ingredients]:
+) -> AbstractContextManager[Ingredients]:
     """The inputs of the step that is open, ready to be read."""
+    make(recipe, Path("trial"))  # for its faults, those of its save too
+    return _inputs(recipe, opened.step, opened.factor is not None, make, models, threads)
+
+
+@contextmanager
+def _inputs(
+    recipe: Recipe,
+    step: Step,
+    base: bool,
+    make: Callable[[Recipe, Path | None], Plan],
+    models: Mapping[str, Mapping[str, Tensor]] | None,
+    threads: int,
+) -> Iterator[Ingredients]:
     from mergekit_lite.evaluate.ingredients import Ingredients, apart, plain
     from mergekit_lite.run.inputs import inputs_of
     from mergekit_lite.run.start import check_tied
 
-    make(recipe, Path("trial"))  # for its faults, those of its save too
-    merged = make(plain(recipe, opened.step), None)
-    each = make(apart(recipe, opened.step), None)
-    base = opened.factor is not None
+    merged = make(plain(recipe, step), None)
+    each = make(apart(recipe, step), None)
     if models is not None:
         from mergekit_lite.checkpoint.memory import MemoryReader
 

@@ -1,4 +1,4 @@
-"""The loss that weights are learned by, of a model of transformers on a text or a file of model inputs."""
+"""What weights and permutations are learned by: the loss of a model of transformers on a text or a file of inputs."""
 
 from __future__ import annotations
 
@@ -145,6 +145,12 @@ class NetworkLoss(Slopes):
 
 
 def network_loss(ingredients: Ingredients, opened: Open, settings: Settings) -> NetworkLoss:
+    """The loss that the weights of `opened` are learned by. Raises as `loss_of`."""
+    kind = opened.learning.loss
+    return loss_of(ingredients, kind, settings, temperature=kind == "labels" and opened.factor is None)
+
+
+def loss_of(ingredients: Ingredients, kind: str, settings: Settings, *, temperature: bool = False) -> NetworkLoss:
     """The loss of the model that gives the merge its configuration, loaded in the dtype of the recipe's arithmetic.
 
     Raises UsageError and InputError for data and models that cannot be used, before the weights are read where that
@@ -163,10 +169,8 @@ def network_loss(ingredients: Ingredients, opened: Open, settings: Settings) -> 
     loaded.network.to(ingredients.dtype)
     assert checkpoint.folder is not None
     data = read_data(loaded, model.location, checkpoint.folder, settings)
-    labelled, soup = opened.learning.loss == "labels", opened.factor is None
-    loss = NetworkLoss(
-        loaded.network, data, ingredients.shapes, opened.learning.loss, loaded.causal and labelled, labelled and soup
-    )
+    shift = loaded.causal and kind == "labels"
+    loss = NetworkLoss(loaded.network, data, ingredients.shapes, kind, shift, temperature)
     _check_names(loss, checkpoint)
     return loss
 

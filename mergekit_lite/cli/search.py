@@ -98,7 +98,8 @@ def search(
     folder: the same command goes on with it, on several machines at once if they share the folder.
 
     Weights of: {learned: [a, b, c]} are learned from --text or --data by the gradient of a loss: learned soups, and
-    AdaMerging with task_arithmetic. The model is loaded with transformers: pip install 'mergekit_lite[calibrate]'.
+    AdaMerging with task_arithmetic. So are the permutations of a permute step, from: {learned: ste}, of small networks.
+    The model is loaded with transformers: pip install 'mergekit_lite[calibrate]'.
     """
     from mergekit_lite import choose
     from mergekit_lite.evaluate import search as driver
@@ -113,10 +114,11 @@ def search(
         "--lines": lines or None,
         "--examples": examples,
     }
-    if template.learned is not None:
+    if template.learned is not None or template.order is not None:
         from mergekit_lite.cli.learn import learn
 
-        _refuse({"--trials": trials, "--jobs": jobs, "--sampler": sampler}, "weights are learned, without trials")
+        what = "weights" if template.order is None else "permutations"
+        _refuse({"--trials": trials, "--jobs": jobs, "--sampler": sampler}, f"{what} are learned, without trials")
         learn(template, folder, text, data, block, lines, examples, device, threads, offline, allow_pickle, json)
         return
     _refuse(read, "a score takes no data; weights that are learned do, `of: {learned: [a, b]}`")

@@ -39,12 +39,15 @@ class Found:
 
 
 def check(template: Template, sampler: str | None, by_command: bool) -> None:
-    """Raises RecipeError where nothing says how good a merge is, where weights are to be learned, which no score does,
+    """Raises RecipeError where nothing says how good a merge is, where something is to be learned, which no score does,
     or a greedy soup is to be found by several scores, and UsageError where a command names no model or the sampler does
     not fit."""
     if template.learned is not None:
         hint = "`merge search RECIPE --text FILE` or `--data FILE`; in Python `mergekit_lite.learn`"
         raise RecipeError(Problem("weights are learned from data, not by a score", template.learned.mark, hint))
+    if template.order is not None:
+        hint = "`merge search RECIPE --text FILE` or `--data FILE`; in Python `mergekit_lite.align.ste`"
+        raise RecipeError(Problem("permutations are learned from data, not by a score", template.order.mark, hint))
     if not template.scores:
         hint = '`score: {command: "python score.py {model}", goal: max}` in the recipe, or `--score`'
         raise RecipeError(Problem(f"`{template.file}` does not say how good a merge is", None, hint))
@@ -186,10 +189,10 @@ def _keep(folder: Path, found: Found, picture: str | None) -> None:
         raise StoppedError(f"cannot write into `{folder}`: {fault.strerror}", hint=hint_for(fault)) from fault
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Write a file so that nobody ever sees a part of it."""
     new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
+    new.write_bytes(content.encode() if isinstance(content, str) else content)
     new.replace(path)
 
 

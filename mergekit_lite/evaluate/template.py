@@ -17,6 +17,8 @@ from mergekit_lite.recipe.override import FILE
 from mergekit_lite.recipe.read import holes_of, parse, read_file
 from mergekit_lite.recipe.write import to_yaml
 
+PERMUTATIONS = "permutations.safetensors"  # the file that learned permutations are put into
+
 
 class Template:
     """The recipe in the file `path`, with the settings `overrides`. `scores` take the place of its own.
@@ -64,16 +66,24 @@ class Template:
         """The hole whose weights are learned from data, where it is one."""
         return next((hole for hole in self.holes if hole.kind == "learned"), None)
 
+    @property
+    def order(self) -> Hole | None:
+        """The hole whose permutations are learned from data, where it is one."""
+        return next((hole for hole in self.holes if hole.kind == "order"), None)
+
     def _check_kinds(self) -> None:
         if not self.holes:
             hint = "for example `t: {search: [0, 1]}`, `density: {choice: [0.2, 0.5]}` or `of: {greedy: [a, b, c]}`"
             raise RecipeError(Problem(f"`{self.file}` has nothing to search", None, hint))
-        alone = self.greedy or self.learned
+        alone = self.greedy or self.learned or self.order
         if alone is not None and len(self.holes) > 1:
             other = next(hole for hole in self.holes if hole is not alone)
             hint = "search the other values first, and write them into the recipe"
-            greedy = alone.kind == "greedy"
-            what = "a greedy soup is searched by itself" if greedy else "weights are learned with no other hole beside"
+            what = {
+                "greedy": "a greedy soup is searched by itself",
+                "learned": "weights are learned with no other hole beside",
+                "order": "permutations are learned with no other hole beside",
+            }[alone.kind]
             raise RecipeError(Problem(what, other.mark, hint))
 
     def _check_ends(self) -> None:
@@ -81,7 +91,7 @@ class Template:
         together with the others' first values may go with their other ones, and is left to the trials."""
         problems: dict[Any, Problem] = {}
         for hole in self.holes:
-            if hole.kind in ("greedy", "learned"):
+            if hole.kind in ("greedy", "learned", "order"):
                 continue
             others = [_end(other, 0) for other in self.holes if other is not hole]
             for number in range(1, len(hole.ends())):
@@ -103,6 +113,8 @@ class Template:
 
 def _end(hole: Hole, number: int) -> str:
     """The setting that fills a hole with one of its ends."""
+    if hole.kind == "order":
+        return setting(hole.path, PERMUTATIONS)
     if hole.kind in ("greedy", "learned"):
         return setting(hole.path, list(hole.values))
     return setting(hole.path, hole.ends()[number])

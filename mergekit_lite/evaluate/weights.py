@@ -50,7 +50,7 @@ def open_step(template: Template) -> Open:
     """What a template leaves to be learned. Raises RecipeError where it leaves no weights open, where its method is no
     weighted sum or its sum is not what is saved, and where a score is stated, which nothing would ask for."""
     hole, recipe = template.learned, template.first
-    if hole is None or hole.learning is None:
+    if hole is None or not isinstance(hole.learning, Learning):
         hint = "for example `of: {learned: [a, b, c], by: layer}`"
         raise RecipeError(Problem(f"`{template.file}` leaves no weights to be learned", None, hint))
     name = hole.path.removeprefix("steps.").removesuffix(".of").strip('"')

@@ -4,6 +4,7 @@
     {choice: [ties, dare_ties]}      one of these values, whatever they are
     of: {greedy: [a, b, c]}          those inputs that a greedy soup takes
     of: {learned: [a, b, c]}         these inputs, with weights that are learned from data
+    from: {learned: ste}             permutations that are learned from data
 
 A hole is filled like a setting of the command line (`--set PATH=VALUE`), so that a filled recipe can be had by hand.
 """
@@ -19,15 +20,16 @@ from typing import Any, Literal
 
 from mergekit_lite.errors import Mark, Problem
 from mergekit_lite.recipe import learned
-from mergekit_lite.recipe.learned import Learning, read_learning
+from mergekit_lite.recipe.learned import Learning, LearningOrder, read_learning, read_order
 from mergekit_lite.recipe.node import ListNode, MapNode, Node, ScalarNode, describe
 
-Kind = Literal["search", "choice", "greedy", "learned"]
+Kind = Literal["search", "choice", "greedy", "learned", "order"]
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "search": ("search", "step", "log"),
     "choice": ("choice",),
     "greedy": ("greedy", "accept"),
     "learned": learned.KEYS,
+    "order": learned.ORDER_KEYS,
 }
 ACCEPT = ("ge", "gt")
 _EXAMPLES = {
@@ -35,8 +37,10 @@ _EXAMPLES = {
     "choice": "for example `{choice: [0.2, 0.5]}`",
     "greedy": "for example `of: {greedy: [a, b, c], accept: gt}`",
     "learned": learned.EXAMPLE,
+    "order": learned.ORDER_EXAMPLE,
 }
-_BY = {"learned": "from data (`--text`, `--data`)"}
+_DATA = "from data (`--text`, `--data`)"
+_BY = {"learned": _DATA, "order": _DATA}
 _BARE = re.compile(r"[^\s.\"=]+")
 
 
@@ -45,7 +49,7 @@ class Hole:
     """A value to be found. `path` is where it stands, as `--set` writes it. Of `search`, `low`, `high` and `step` are
     whole numbers only where all of them are and there is a step; `values` are those to choose among, of `greedy` and
     `learned` the names of the inputs; `accept` tells whether an input that leaves the score as it is goes in (`ge`) or
-    not (`gt`), `learning` how weights are learned."""
+    not (`gt`), `learning` how weights, or of `order` the permutations, are learned."""
 
     path: str
     kind: Kind
@@ -56,7 +60,7 @@ class Hole:
     log: bool = False
     values: tuple[Any, ...] = ()
     accept: str = ACCEPT[0]
-    learning: Learning | None = None
+    learning: Learning | LearningOrder | None = None
 
     def ends(self) -> list[Any]:
         """Values at which a fault of the setting would show: both ends, or all choices."""
@@ -67,7 +71,7 @@ def points(hole: Hole) -> tuple[Any, ...] | None:
     """All values that a hole may have; None where they are endless."""
     if hole.kind == "choice":
         return hole.values
-    if hole.kind in ("greedy", "learned") or hole.step is None:
+    if hole.kind in ("greedy", "learned", "order") or hole.step is None:
         return None
     return tuple(hole.low + i * hole.step for i in range(1 + int((hole.high - hole.low) / hole.step + 1e-9)))
 
@@ -121,6 +125,8 @@ def _kind(node: MapNode, above: tuple[str, ...]) -> Kind | None:
         if kind in ("greedy", "learned"):
             if above[-1] == "of":
                 return kind
+            if kind == "learned" and above[:1] + above[2:] == ("steps", "with", "from"):
+                return "order"
         elif isinstance(entry.value, ListNode) or above[-1] not in ("of", "models", "steps"):
             return kind
     return None
@@ -130,12 +136,16 @@ def _hole(node: MapNode, kind: Kind, above: tuple[str, ...], problems: list[Prob
     before = len(problems)
     for key, entry in node.entries.items():
         if key not in _KEYS[kind]:
-            problems.append(Problem(f"`{kind}` has no key `{key}` beside it", entry.mark, _EXAMPLES[kind]))
+            said = "learned" if kind == "order" else kind
+            problems.append(Problem(f"`{said}` has no key `{key}` beside it", entry.mark, _EXAMPLES[kind]))
     path = _path(above)
     if path is None:
         message = 'a value below a key that holds `"` or `=` cannot be searched'
         problems.append(Problem(message, node.mark, "name the tensors by another glob"))
         return None
+    if kind == "order":
+        hole = Hole(path, kind, node.mark, learning=read_order(node, problems))
+        return hole if len(problems) == before else None
     items = node.entries[kind].value
     if not isinstance(items, ListNode) or not items.items:
         problems.append(Problem(f"`{kind}` needs a list, not {describe(items)}", items.mark, _EXAMPLES[kind]))

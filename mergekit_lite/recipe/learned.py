@@ -1,4 +1,5 @@
-"""How weights are learned from data: `of: {learned: [a, b, c], by: layer}`, one more hole that `merge search` fills."""
+"""How weights and permutations are learned from data: `of: {learned: [a, b, c], by: layer}` and `from: {learned: ste}`,
+two more holes that `merge search` fills."""
 
 from __future__ import annotations
 
@@ -12,11 +13,14 @@ KEYS = ("learned", "by", "loss", "epochs", "rate")
 BY = ("model", "layer", "tensor")
 LOSSES = ("labels", "entropy")
 EXAMPLE = "for example `of: {learned: [a, b, c], by: layer}`"
+ORDER_KEYS = ("learned", "steps", "rate", "loss")
+ORDER_EXAMPLE = "for example `from: {learned: ste, steps: 100, rate: 0.1}`"
 _HINTS = {
     "by": "`model` learns one weight for each input, `layer` and `tensor` one for each of its layers or tensors",
     "loss": "`labels` is the cross-entropy of the data's labels, `entropy` that of the predictions, without labels",
     "epochs": "how often learning goes through the data, for example `epochs: 5`",
-    "rate": "the step of Adam, for example `rate: 0.05`",
+    "rate": "the step of the optimiser, for example `rate: 0.05`",
+    "steps": "how often the order is found anew, for example `steps: 100`",
 }
 
 
@@ -29,6 +33,29 @@ class Learning:
     loss: str = LOSSES[0]
     epochs: int | None = None
     rate: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LearningOrder:
+    """What stands beside `learned: ste`: the number of steps, each by another part of the data, the rate of SGD, and
+    what permutations are learned by."""
+
+    steps: int = 100
+    rate: float = 0.1
+    loss: str = LOSSES[0]
+
+
+def read_order(node: MapNode, problems: list[Problem]) -> LearningOrder:
+    """What the hole `node` of a permute step says; findings go to `problems`."""
+    way = node.entries["learned"].value
+    if not (isinstance(way, ScalarNode) and way.value == "ste"):
+        problems.append(Problem(f"permutations are learned by `ste`, not {describe(way)}", way.mark, ORDER_EXAMPLE))
+    standard = LearningOrder()
+    return LearningOrder(
+        _whole(node, "steps", problems) or standard.steps,
+        _rate(node.get("rate"), problems) or standard.rate,
+        _word(node, "loss", LOSSES, problems),
+    )
 
 
 def read_learning(node: MapNode, items: ListNode, problems: list[Problem]) -> tuple[Learning, tuple[str, ...]]:
@@ -45,7 +72,7 @@ def read_learning(node: MapNode, items: ListNode, problems: list[Problem]) -> tu
         Learning(
             _word(node, "by", BY, problems),
             _word(node, "loss", LOSSES, problems),
-            _epochs(node.get("epochs"), problems),
+            _whole(node, "epochs", problems),
             _rate(node.get("rate"), problems),
         ),
         tuple(name for name in names if name is not None),
@@ -62,12 +89,13 @@ def _word(node: MapNode, key: str, among: tuple[str, ...], problems: list[Proble
     return among[0]
 
 
-def _epochs(node: Node | None, problems: list[Problem]) -> int | None:
-    value = node.value if isinstance(node, ScalarNode) else None
-    if node is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10**6):
+def _whole(node: MapNode, key: str, problems: list[Problem]) -> int | None:
+    given = node.get(key)
+    value = given.value if isinstance(given, ScalarNode) else None
+    if given is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10**6):
         return value  # type: ignore[return-value]
-    message = f"`epochs` must be a whole number above 0, not {describe(node)}"
-    problems.append(Problem(message, node.mark, _HINTS["epochs"]))
+    message = f"`{key}` must be a whole number above 0, not {describe(given)}"
+    problems.append(Problem(message, given.mark, _HINTS[key]))
     return None
 
 
