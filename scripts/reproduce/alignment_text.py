@@ -60,7 +60,7 @@ columns are the values of `way` of `merge_many`.
 
 Three networks are matched, to the first (`star`) or with each other. The barrier is that between the second and the
 third, which have never been compared with each other under `star`. `ste`: the second and the third are each put in the
-order that is learnt by the loss of the mean with the first (`mergekit_lite.align.ste`, from Python only), in 60 steps
+order that is learnt by the loss of the mean with the first (`mergekit_lite.align.ste`), in 60 steps
 on 400 training images each at a rate of 0.1, chosen by the loss on all training images.
 
 ## A network with BatchNorm
