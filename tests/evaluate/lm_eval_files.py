@@ -19,7 +19,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
 QUESTIONS = 12
-# `lines` is a choice among three, `spelt` is answered in words, which two filters read; `library` is the mean of two.
+# `lines` is a choice among three, `spelt` is answered in words, which two filters read; `stdlib` is the mean of two.
 TASKS = {
     "lines": """\
 task: lines
@@ -58,8 +58,8 @@ doc_to_target: "{{choices[answer]}}"
 metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
 """,
     "other_lines": "include: lines.yaml\ntask: other_lines\nnum_fewshot: 1\nfewshot_split: test\n",
-    "library": """\
-group: library
+    "stdlib": """\
+group: stdlib
 task: [lines, other_lines]
 aggregate_metric_list: [{metric: acc, aggregation: mean, weight_by_size: true}]
 """,
@@ -117,7 +117,7 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     write_tasks(place / "tasks")
     write_models(place)
-    words = command(sys.executable, "library,spelt,running", str(place / "tasks"))
+    words = command(sys.executable, "stdlib,spelt,running", str(place / "tasks"))
     ran = words.format(model=place / "a", out=place / "out").split()
     subprocess.run(ran, check=True, env=offline(), stdout=sys.stderr)
     (file,) = (place / "out").rglob("results_*.json")

@@ -46,8 +46,8 @@ def recorded(tmp_path: Path) -> str:
         ("lines.acc_norm", "lines", "acc_norm,none"),
         ("lines.acc_stderr", "lines", "acc_stderr,none"),
         ("results.lines.acc,none", "lines", "acc,none"),
-        ("library.acc", "library", "acc,none"),  # a group
-        ("groups.library.acc,none", "library", "acc,none"),
+        ("stdlib.acc", "stdlib", "acc,none"),  # a group
+        ("groups.stdlib.acc,none", "stdlib", "acc,none"),
         ("spelt.exact_match,lenient", "spelt", "exact_match,lenient"),
         ("running.byte_perplexity", "running", "byte_perplexity,none"),
     ],
@@ -64,7 +64,7 @@ def test_numbers_of_the_newest_results_are_named_as_in_the_tables(
         ("spelt.exact_match", "but `spelt.exact_match,lenient`, `spelt.exact_match,strict`"),
         ("running.bits_per_byt", "but `running.bits_per_byte,none`"),
         ("running.bits_per_byte_stderr", "no number"),  # it writes N/A
-        ("nothing", "but `library.acc,none`"),
+        ("nothing", "but `stdlib.acc,none`"),
     ],
 )
 def test_a_number_that_is_not_there_is_told_with_those_that_are(recorded: str, metric: str, said: str) -> None:
