@@ -124,12 +124,13 @@ class Judge:
         folder = self._free.pop()
         try:
             plan = self._plan(recipe, folder.path)
-            merged = result_digest(plan, Identities(plan).tensors())
+            identities = Identities(plan)
+            merged = result_digest(plan, identities.tensors())
 
             def make() -> Path:
                 with self._merging:
                     folder.path.parent.mkdir(parents=True, exist_ok=True)
-                    self.made.append(folder.write(plan, self._options))
+                    self.made.append(folder.write(plan, self._options, identities))
                     return folder.path if task is None else self._task(folder, task)
 
             def one(scoring: Scoring, path: Path) -> float:

@@ -96,12 +96,14 @@ class TrialFolder:
         self._seen: object = None
         self._solved: dict[str, Solved] = {}
 
-    def write(self, plan: Plan, options: Options) -> Made:
-        """Put the only output of `plan`, which is planned for `path`, there. Raises what `run` raises of inputs that
-        cannot be read and of a disk that is full."""
-        plan = beside_fetched(with_ranks(plan, options))
+    def write(self, plan: Plan, options: Options, identities: Identities | None = None) -> Made:
+        """Put the only output of `plan`, which is planned for `path`, there. `identities` are those of the plan, where
+        they were formed before. Raises what `run` raises of inputs that cannot be read and of a disk that is full."""
+        ranked = with_ranks(plan, options)
+        if identities is None or ranked is not plan:
+            identities = Identities(ranked)
+        plan = beside_fetched(ranked)
         (output,) = plan.outputs
-        identities = Identities(plan)
         grown = partial(output.to)
         layout = [(shard.file, shard.header, shard.nbytes) for shard in output.shards]
         files = [shard.file for shard in output.shards]
